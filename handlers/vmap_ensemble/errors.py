@@ -1,0 +1,37 @@
+"""Turns what can go wrong into one small family of exceptions, so that callers catch by meaning."""
+
+from __future__ import annotations
+
+
+class EnsembleError(Exception):
+    """Root of every error this project raises on purpose; its text is one clear line."""
+
+
+class SettingsError(EnsembleError):
+    """A settings file holds an unknown, missing or wrong value."""
+
+
+class MemberError(EnsembleError):
+    """A member can't be read, or doesn't fit the architecture or the other members."""
+
+
+class LoadError(EnsembleError):
+    """An archive can't be loaded or fails the proof that its forward equals the members' own."""
+
+
+class ArchiveError(EnsembleError):
+    """An archive can't be built as asked."""
+
+
+class RequestError(EnsembleError):
+    """One request can't be answered; its neighbours in the batch can.
+
+    Args:
+        status: HTTP status of this request alone, 400 to 599.
+        message: What is wrong and how to mend it. It reaches the client, so it names no path of the server.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
