@@ -287,9 +287,7 @@ class VmapEnsembleHandler(BaseHandler):
         return [self._predict([e], [o])[0] for e, o in zip(examples, options, strict=True)]
 
     @torch.inference_mode()
-    def _forward_and_answer(
-        self, examples: list[Any], options: list[Options]
-    ) -> list[Answer | RequestError]:
+    def _forward_and_answer(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
         outputs = self.run(*self.collate(examples))
         return self.answers(outputs, self._weights(options), options, examples)
 

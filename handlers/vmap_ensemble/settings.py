@@ -67,9 +67,7 @@ class Settings:
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Largest relative difference to the members' own forwards at load; per dtype."
     )
-    threads: PositiveInt | None = Field(
-        None, description="Worker key: torch threads; the cores at hand by default."
-    )
+    threads: PositiveInt | None = Field(None, description="Worker key: torch threads; the cores at hand by default.")
     device: str | None = Field(
         None, description="Worker key: `cpu` or `cuda:0`; the GPU that TorchServe assigns by default."
     )
@@ -96,9 +94,7 @@ class VisionSettings(Settings):
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
-def load_settings(
-    folder: Path, kind: type[SettingsType], worker: Mapping[str, Any] | None = None
-) -> SettingsType:
+def load_settings(folder: Path, kind: type[SettingsType], worker: Mapping[str, Any] | None = None) -> SettingsType:
     """Read the settings of an unpacked archive.
 
     Args:
