@@ -106,7 +106,7 @@ def run_module(*command: str) -> None:
 def archive_inputs(name: str, block: dict[str, Any]) -> list[Path]:
     """Every file whose change makes the archive out of date."""
     inputs = [ROOT / "setup_config.json", ROOT / "config" / f"{name}.yaml"]
-    inputs += [file for file in (ROOT / "handlers").rglob("*.py")]
+    inputs += list((ROOT / "handlers").rglob("*.py"))
     for pattern in member_patterns(block):
         inputs += find_files(pattern)
     return [file for file in inputs if file.is_file()]
@@ -240,7 +240,7 @@ def find_sample(name: str) -> Path | None:
     demo = DEMOS.get(name)
     files = [file for pattern in (demo.samples if demo else ()) for file in find_files(pattern)]
     preferred = [file for file in files if fnmatch.fnmatch(file.name, "*3*")]
-    return (preferred or files or [None])[0]
+    return next(iter(preferred or files), None)
 
 
 def serve(name: str, service: Service) -> None:
