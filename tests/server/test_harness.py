@@ -111,5 +111,8 @@ def test_production_wants_keys_and_speaks_tls(ok_archive: Path, certificate: tup
         assert too_large.status_code == 413
         key_file = running.launch.cwd / "key_file.json"
         assert key_file.stat().st_mode & 0o077 == 0, "the keys are readable by their user alone"
-        with pytest.raises(grpc.RpcError):
-            predict_grpc(running.grpc_address, "ok", b"x", timeout_s=10)
+        with pytest.raises(grpc.RpcError) as no_key:
+            predict_grpc(running.grpc_address, "ok", b"x", certificate=chain)
+        assert no_key.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        key = running.key("inference")
+        assert predict_grpc(running.grpc_address, "ok", b"x", key=key, certificate=chain) == b"ok 1"
