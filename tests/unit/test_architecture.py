@@ -44,10 +44,18 @@ def test_buffers_outside_the_checkpoint_get_real_values() -> None:
 
 def test_random_fills_leave_memory_alone() -> None:
     with SkipRandomFills():
-        tensor = torch.zeros(8)
-        nn.init.normal_(tensor)
-        nn.init.uniform_(tensor)
-    assert tensor.tolist() == [0.0] * 8
+        parameter = nn.Parameter(torch.zeros(8))
+        nn.init.normal_(parameter)
+        nn.init.uniform_(parameter)
+        buffer = torch.zeros(8).normal_()
+    assert parameter.tolist() == [0.0] * 8
+    assert buffer.abs().min() > 0
+
+
+def test_initialisers_that_draw_until_in_range_end() -> None:
+    with SkipRandomFills():
+        for garbage in (0.0, 1e9, float("nan")):
+            nn.init.trunc_normal_(nn.Parameter(torch.full((64,), garbage)), std=0.02)
 
 
 def test_mnist_has_the_examples_names_and_shapes() -> None:
