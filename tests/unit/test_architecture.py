@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+
 from vmap_ensemble.architecture import SkipRandomFills, build_architecture, infer_num_classes
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.mnist_net import MnistNet

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
 from vmap_ensemble.checkpoints import (
     check_architecture,
     check_finite,
@@ -107,7 +108,11 @@ def save_truncated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("a.txt", save_text, r"a\.txt: expected a file ending in \.pt, \.pth, \.bin, \.safetensors, got '\.txt'"),
+        (
+            "a.txt",
+            save_text,
+            r"a\.txt: expected a file ending in \.pt, \.pth, \.bin, \.safetensors, got '\.txt'",
+        ),
         ("gone.pt", lambda path: None, r"gone\.pt: no such file"),
         ("a.pt", save_text, r"a\.pt: holds more than weights, or is no checkpoint"),
         ("a.pt", lambda path: path.touch(), r"a\.pt: not a whole torch checkpoint"),
@@ -188,7 +193,10 @@ def model() -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("1.running_mean"), r"a: key '1\.running_mean' is missing; Sequential expects \(4,\)"),
+        (
+            lambda s: s.pop("1.running_mean"),
+            r"a: key '1\.running_mean' is missing; Sequential expects \(4,\)",
+        ),
         (lambda s: s.update(x=torch.ones(2)), r"a: key 'x' \(\(2,\) float32\) is unknown to Sequential"),
         (
             lambda s: s.update({"0.weight": torch.ones(5, 3)}),

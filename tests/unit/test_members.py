@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
 from vmap_ensemble.errors import LoadError, MemberError
 from vmap_ensemble.members import (
     Manifest,
@@ -125,7 +126,10 @@ def change_first(folder: Path, **changes: object) -> None:
         (lambda f: rewrite(f, members=[]), r"members\.json: lists no members"),
         (lambda f: (f / "members/m1.safetensors").unlink(), r"members/m1\.safetensors: missing .* for 'm1'"),
         (lambda f: (f / "members/shared.safetensors").unlink(), r"members/shared\.safetensors: missing"),
-        (lambda f: (f / "members/extra.safetensors").touch(), r"members/extra\.safetensors: .* doesn't list it"),
+        (
+            lambda f: (f / "members/extra.safetensors").touch(),
+            r"members/extra\.safetensors: .* doesn't list it",
+        ),
         (
             lambda f: (f / "members/m1.safetensors").rename(f / "members/m9.safetensors"),
             r"members/m1\.safetensors: missing",
@@ -197,5 +201,5 @@ def test_spec_is_of_one_member() -> None:
 
 
 def test_stacking_unlike_states_is_refused() -> None:
-    with pytest.raises(MemberError, match="b: key '0.bias' is missing; a has it"):
+    with pytest.raises(MemberError, match=r"b: key '0\.bias' is missing; a has it"):
         stack_members({"a": state(0), "b": {k: v for k, v in state(1).items() if k != "0.bias"}})
