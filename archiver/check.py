@@ -68,9 +68,7 @@ def _run_child(path: Path, folder: Path, request: Path | None, console: Console,
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryFile(mode="w+") as log:
-        child = subprocess.Popen(
-            command, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT
-        )
+        child = subprocess.Popen(command, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT)
         os.close(writer)
         try:
             error = _read_phases(reader, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
+
 from vmap_ensemble.image_handler import ImageEnsembleHandler
 
 # Mean and standard deviation of the training images, as PyTorch's example normalises them.

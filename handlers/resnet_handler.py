@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 from torchvision.models import get_model_weights, get_weight
+
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.image_handler import ImageEnsembleHandler
 

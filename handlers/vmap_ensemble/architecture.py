@@ -100,9 +100,7 @@ def _builder(spec: str, folder: Path | None) -> Callable[..., nn.Module]:
     file, _, name = spec.partition(":")
     if file.endswith(".py"):
         return _class_in_file(file, name, folder)
-    raise SettingsError(
-        f"architecture '{spec}': expected 'torchvision:NAME', 'mnist' or 'model.py:ClassName'"
-    )
+    raise SettingsError(f"architecture '{spec}': expected 'torchvision:NAME', 'mnist' or 'model.py:ClassName'")
 
 
 def _torchvision_builder(spec: str) -> Callable[..., nn.Module]:
@@ -113,9 +111,7 @@ def _torchvision_builder(spec: str) -> Callable[..., nn.Module]:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see torchvision.models.list_models()"
-        raise SettingsError(
-            f"architecture '{spec}': unknown to torchvision {torchvision.__version__}; {hint}"
-        )
+        raise SettingsError(f"architecture '{spec}': unknown to torchvision {torchvision.__version__}; {hint}")
     make = torchvision.models.get_model_builder(name)
 
     def build(**options: Any) -> nn.Module:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +278,7 @@ class VmapEnsembleHandler(BaseHandler):
         except torch.OutOfMemoryError:
             failure = RequestError(507, "not enough memory for this input")
         except Exception as error:
-            logger.error("the forward of a batch of %d failed: %s", len(examples), type(error).__name__, exc_info=True)
+            logger.error("the forward of a batch of %d failed: %s", len(examples), _where(error))
             failure = RequestError(500, "the model failed on this input")
         if len(examples) == 1:
             return [failure]
@@ -285,9 +287,7 @@ class VmapEnsembleHandler(BaseHandler):
         return [self._predict([e], [o])[0] for e, o in zip(examples, options, strict=True)]
 
     @torch.inference_mode()
-    def _forward_and_answer(
-        self, examples: list[Any], options: list[Options]
-    ) -> list[Answer | RequestError]:
+    def _forward_and_answer(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
         outputs = self.run(*self.collate(examples))
         return self.answers(outputs, self._weights(options), options, examples)
 
@@ -310,8 +310,7 @@ class VmapEnsembleHandler(BaseHandler):
         except RequestError as error:
             replies[index] = error
         except Exception as error:
-            # The text of an unforeseen error may hold the request's contents or a path: only its type is told.
-            logger.error("request %d failed: %s", index, type(error).__name__, exc_info=True)
+            logger.error("request %d failed: %s", index, _where(error))
             replies[index] = RequestError(500, "this request could not be answered")
 
     def _finish(self, reply: Any, index: int) -> str:
@@ -357,13 +356,19 @@ class VmapEnsembleHandler(BaseHandler):
         }
 
 
+def _where(error: Exception) -> str:
+    """Type and innermost frames of an error, without its text, which may quote the request."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__} in " + " < ".join(
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)
+    )
+
+
 def _seconds_since_process_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
 def _phrase(status: int) -> str:
-    from http import HTTPStatus
-
     try:
         return HTTPStatus(status).phrase
     except ValueError:

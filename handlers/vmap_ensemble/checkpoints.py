@@ -52,9 +52,7 @@ def read_state_dict(path: str | Path) -> State:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise MemberError(
-            f"{path.name}: expected a file ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
-        )
+        raise MemberError(f"{path.name}: expected a file ending in {', '.join(SUFFIXES)}, got '{path.suffix}'")
     if not path.is_file():
         raise MemberError(f"{path.name}: no such file")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -74,9 +72,7 @@ def _read_safetensors(path: Path) -> State:
 def _read_pickle(path: Path) -> Any:
     mapped = _is_zip(path)
     if not mapped:
-        logger.info(
-            "%s: format from before torch 1.6, which can't be memory-mapped; reading it whole", path.name
-        )
+        logger.info("%s: format from before torch 1.6, which can't be memory-mapped; reading it whole", path.name)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
@@ -104,9 +100,7 @@ def _unwrap(loaded: Any, where: str) -> Any:
         if not inner:
             return loaded
         if len(inner) > 1:
-            raise MemberError(
-                f"{where}: holds several state dicts ({', '.join(inner)}); save only one of them"
-            )
+            raise MemberError(f"{where}: holds several state dicts ({', '.join(inner)}); save only one of them")
         loaded = loaded[inner[0]]
     return loaded
 
@@ -161,9 +155,7 @@ def compare_members(specs: Mapping[str, Mapping[str, Spec]]) -> None:
     for label, got in others:
         for key in expected:
             if key not in got:
-                raise MemberError(
-                    f"{label}: key '{key}' is missing; {first} has it, {show_spec(expected[key])}"
-                )
+                raise MemberError(f"{label}: key '{key}' is missing; {first} has it, {show_spec(expected[key])}")
         for key in got:
             if key not in expected:
                 raise MemberError(f"{label}: key '{key}' is not in {first}; it is {show_spec(got[key])}")
@@ -199,9 +191,7 @@ def check_architecture(label: str, spec: Mapping[str, Spec], model: nn.Module) -
             raise MemberError(f"{label}: key '{key}' ({show_spec(got)}) is unknown to {name}")
         same_kind = got[1].is_floating_point == expected[key][1].is_floating_point
         if got[0] != expected[key][0] or not same_kind:
-            raise MemberError(
-                f"{label}: key '{key}' is {show_spec(got)}, {name} expects {show_spec(expected[key])}"
-            )
+            raise MemberError(f"{label}: key '{key}' is {show_spec(got)}, {name} expects {show_spec(expected[key])}")
 
 
 def _absent_but_implied(present: Iterable[str], model: nn.Module) -> dict[str, str | None]:

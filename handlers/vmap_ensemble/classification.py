@@ -61,9 +61,7 @@ class ClassAnswers:
         """The label of a class."""
         return self.labels.get(index, str(index))
 
-    def __call__(
-        self, logits: Tensor, weights: Tensor, options: Sequence[Options]
-    ) -> list[Answer | RequestError]:
+    def __call__(self, logits: Tensor, weights: Tensor, options: Sequence[Options]) -> list[Answer | RequestError]:
         """Answer a batch.
 
         Args:
@@ -77,9 +75,7 @@ class ClassAnswers:
         rows = _Rows(prediction, max(o.top_k or settings.top_k for o in options))
         return [self._answer(rows, b, option, asked[:, b].tolist()) for b, option in enumerate(options)]
 
-    def _answer(
-        self, rows: _Rows, b: int, options: Options, asked: list[bool]
-    ) -> Answer | RequestError:
+    def _answer(self, rows: _Rows, b: int, options: Options, asked: list[bool]) -> Answer | RequestError:
         used = [m for m, is_used in enumerate(rows.used[b]) if is_used]
         left_out = tuple(self.names[m] for m, wanted in enumerate(asked) if wanted and not rows.finite[b][m])
         if not used:

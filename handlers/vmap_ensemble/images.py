@@ -18,7 +18,7 @@ from vmap_ensemble.errors import RequestError
 from vmap_ensemble.requests import decode_base64
 
 # Pillow knows far more; what is not in this list (EPS runs Ghostscript, say) never sees a client's bytes.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ITEM_KEYS = ("data", "b64", "image")
 
 

@@ -247,9 +247,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise LoadError(f"{MANIFEST_FILE}: file '{row.file}' is not of the form {MEMBERS_FOLDER}/<name>")
         path = folder / row.file
         if not path.is_file():
-            raise LoadError(
-                f"{row.file}: missing in the archive, but {MANIFEST_FILE} lists it for '{row.name}'"
-            )
+            raise LoadError(f"{row.file}: missing in the archive, but {MANIFEST_FILE} lists it for '{row.name}'")
         if path.stat().st_size != row.size_bytes:
             raise LoadError(
                 f"{row.file}: {path.stat().st_size} bytes, {MANIFEST_FILE} says {row.size_bytes}; "

@@ -34,9 +34,7 @@ class Proof:
     not_finite: tuple[str, ...]
 
 
-def prove_equal(
-    forward: EnsembleForward, run: Any, args: tuple[Any, ...], tolerance: float | None = None
-) -> Proof:
+def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], tolerance: float | None = None) -> Proof:
     """Compare `run(*args)` with every member's own plain forward.
 
     Args:
