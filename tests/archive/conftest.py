@@ -71,9 +71,7 @@ class Project:
         return path
 
     def run(self, *arguments: str) -> int:
-        return main(
-            [*arguments, "--config", str(self.folder / "setup_config.json"), "--output", str(self.store)]
-        )
+        return main([*arguments, "--config", str(self.folder / "setup_config.json"), "--output", str(self.store)])
 
     def leftovers(self) -> list[str]:
         return sorted(path.name for path in self.store.iterdir()) if self.store.is_dir() else []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from archiver import check
 from tests.archive.conftest import Project
 
 PHASES = ("unpack", "import", "members", "settings", "build", "stack", "equivalence", "request")
@@ -88,3 +89,11 @@ def test_files_that_are_no_archive(project: Project, capsys) -> None:
     assert "gone.mar: no such file" in capsys.readouterr().err
     assert project.run("--check", str(project.mar), "gone.json") == 1
     assert "gone.json: no such file" in capsys.readouterr().err
+
+
+def test_a_handler_that_hangs_is_ended(project: Project, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    project.run("tiny")
+    rewrite(project, lambda f: f.update({"tiny_handler.py": b"import time\ntime.sleep(600)\n"}))
+    monkeypatch.setattr(check, "CHECK_TIMEOUT_S", 2)
+    assert project.run("--check", str(project.mar)) == 1
+    assert "the process ended with -9" in capsys.readouterr().err
