@@ -1,4 +1,4 @@
-"""One command per claim on speed; run from the root of the repository with `python -m`."""
+"""Commands that compare the vmapped forward with its rivals; run from the root with `python -m`."""
 
 import sys
 from pathlib import Path

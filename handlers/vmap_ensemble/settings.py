@@ -67,9 +67,7 @@ class Settings:
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Largest relative difference to the members' own forwards at load; per dtype."
     )
-    threads: PositiveInt | None = Field(
-        None, description="Worker key: torch threads; the cores at hand by default."
-    )
+    threads: PositiveInt | None = Field(None, description="Worker key: torch threads; the cores at hand by default.")
     device: str | None = Field(
         None, description="Worker key: `cpu` or `cuda:0`; the GPU that TorchServe assigns by default."
     )
@@ -96,9 +94,7 @@ class VisionSettings(Settings):
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
-def load_settings(
-    folder: Path, kind: type[SettingsType], worker: Mapping[str, Any] | None = None
-) -> SettingsType:
+def load_settings(folder: Path, kind: type[SettingsType], worker: Mapping[str, Any] | None = None) -> SettingsType:
     """Read the settings of an unpacked archive.
 
     Args:
@@ -161,3 +157,7 @@ def check_keys(block: Mapping[str, Any], known: list[str] | tuple[str, ...], whe
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         raise SettingsError(f"{where}: unknown key '{key}'; {hint}")
+
+
+# Heading on the generated page of settings -> class.
+DOCUMENTED: dict[str, type[Settings]] = {"Every handler": Settings, "Handlers of images": VisionSettings}
