@@ -9,7 +9,6 @@ first weights, the order of its images and its dropout; the number of threads ca
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,13 +101,13 @@ def save_state_dict(model: MnistNet, path: Path) -> None:
     # Back to the usual memory format, so that a reader gets the tensors that the example would write.
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # No mkstemp: its files can be read by their owner alone.
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+        torch.save(state, draft)
         os.replace(draft, path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 
