@@ -1,7 +1,7 @@
 """Turns the settings classes into docs/settings.md, so that the page can't fall behind the code.
 
-    python -m scripts.settings_docs            writes the page
-    python -m scripts.settings_docs --check    exits 1 when the page is out of date
+python -m scripts.settings_docs            writes the page
+python -m scripts.settings_docs --check    exits 1 when the page is out of date
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def describe_type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(describe_type(part) for part in schema["anyOf"] if part.get("type") != "null")
     kind = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-    text = kind.get(schema.get("type", ""), {"array": "list", "object": "object"}.get(schema.get("type", ""), "value"))
+    text = kind.get(
+        schema.get("type", ""), {"array": "list", "object": "object"}.get(schema.get("type", ""), "value")
+    )
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
     limits = [f"{words} {schema[key]:g}" for key, words in bounds.items() if key in schema]
     return " ".join([text, ", ".join(limits)]).strip()
