@@ -1,4 +1,4 @@
-"""Turns setup_config.json and the command line into one ArchiveRequest per archive, with every path resolved."""
+"""Turns setup_config.json and the command line into one ArchiveRequest per archive, paths resolved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmap_ensemble.errors import ArchiveError
-
 from archiver import HANDLERS
+from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -121,7 +120,9 @@ def _check_members(name: str, members: Any) -> MemberSpecs:
         return [members]
     items = members.values() if isinstance(members, dict) else members
     if not isinstance(members, list | dict) or not all(isinstance(item, str) for item in items):
-        raise ArchiveError(f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}")
+        raise ArchiveError(
+            f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}"
+        )
     return members
 
 
