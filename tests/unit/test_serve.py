@@ -35,6 +35,25 @@ def test_missing_members_without_a_demo_are_named(root: Path) -> None:
         serve.ensure_members("a_ens", serve.read_block("a_ens"))
 
 
+def test_members_of_a_stopped_run_are_made_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(serve.DEMOS, "a_ens", serve.Demo(("make",), ()))
+    (root / "m").mkdir()
+
+    def stopped_halfway(*command: str) -> None:
+        (root / "m" / "first.pt").write_bytes(b"x")
+        raise ServerError("stopped")
+
+    monkeypatch.setattr(serve, "run_module", stopped_halfway)
+    with pytest.raises(ServerError, match="stopped"):
+        serve.ensure_members("a_ens", serve.read_block("a_ens"))
+
+    runs: list[tuple[str, ...]] = []
+    monkeypatch.setattr(serve, "run_module", lambda *command: runs.append(command))
+    serve.ensure_members("a_ens", serve.read_block("a_ens"))
+    serve.ensure_members("a_ens", serve.read_block("a_ens"))
+    assert runs == [("make",)]
+
+
 def test_a_fresh_archive_is_kept_and_a_stale_one_is_built(root: Path) -> None:
     archive = root / "model_store" / "a_ens.mar"
     archive.write_bytes(b"x")
