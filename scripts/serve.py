@@ -88,13 +88,19 @@ def find_files(pattern: str) -> list[Path]:
 def ensure_members(name: str, block: dict[str, Any]) -> None:
     """Runs the demonstration's training when a member's file is missing."""
     missing = [pattern for pattern in member_patterns(block) if not find_files(pattern)]
-    if not missing:
+    # Left behind by a run that was stopped: some members are there, but not all.
+    unfinished = ROOT / ".run" / f"unfinished-{name}"
+    if not missing and not unfinished.exists():
         return
     demo = DEMOS.get(name)
     if demo is None:
         raise ServerError(f"members of {name} are missing: {', '.join(missing)} (see setup_config.json)")
-    print(f"No members at {', '.join(missing)}: making them with python -m {' '.join(demo.command)}", flush=True)
+    reason = f"No members at {', '.join(missing)}" if missing else "An earlier run was stopped before its end"
+    print(f"{reason}: making members with python -m {' '.join(demo.command)}", flush=True)
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.touch()
     run_module(*demo.command)
+    unfinished.unlink()
 
 
 def run_module(*command: str) -> None:

@@ -92,11 +92,11 @@ def test_port_in_use_is_named(tmp_path: Path) -> None:
 
 
 def test_production_wants_keys_and_speaks_tls(ok_archive: Path, certificate: tuple[Path, Path]) -> None:
-    chain, key = certificate
+    chain, private_key = certificate
     with TorchServe(
         {"ok": ok_archive},
         config=ROOT / "config" / "production.properties",
-        settings={"certificate_file": str(chain), "private_key_file": str(key)},
+        settings={"certificate_file": str(chain), "private_key_file": str(private_key)},
         certificate=chain,
     ) as running:
         assert running.inference_url.startswith("https://")
