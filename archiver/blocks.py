@@ -1,0 +1,148 @@
+"""Turns setup_config.json and the command line into one ArchiveRequest per archive, paths resolved."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archiver import HANDLERS
+from vmap_ensemble.errors import ArchiveError
+
+# torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
+ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Keys that only the archiver reads; all others are the handler's settings and go into the archive.
+ARCHIVER_KEYS = ("members", "labels", "model_config", "extra_files", "model_file", "version", "allow_nan")
+
+MemberSpecs = list[str] | dict[str, str]
+
+
+@dataclass(frozen=True)
+class ArchiveRequest:
+    """What one archive is made of; paths are absolute."""
+
+    name: str
+    folder: Path
+    handler: Path
+    members: MemberSpecs
+    settings: Mapping[str, Any]
+    labels: Path | None = None
+    model_config: Path | None = None
+    model_file: Path | None = None
+    extra_files: tuple[Path, ...] = ()
+    version: str = "1.0"
+    allow_nan: bool = False
+
+
+def read_blocks(path: Path) -> dict[str, dict[str, Any]]:
+    """Read setup_config.json: archive name -> block.
+
+    Raises:
+        ArchiveError: It is missing, not JSON, or not an object of objects.
+    """
+    try:
+        blocks = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArchiveError(f"{path}: no such file; --config names another") from None
+    except (OSError, ValueError) as error:
+        raise ArchiveError(f"{path.name}: expected JSON ({error})") from None
+    if not isinstance(blocks, dict):
+        raise ArchiveError(f"{path.name}: expected an object, archive name -> block")
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise ArchiveError(f"{path.name}: block '{name}': expected an object, got {type(block).__name__}")
+    return blocks
+
+
+def make_request(
+    name: str,
+    blocks: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    *,
+    members: list[str] | None = None,
+    handler: str | None = None,
+    model_file: str | None = None,
+    allow_nan: bool = False,
+) -> ArchiveRequest:
+    """Join one block with the command line, which wins.
+
+    Args:
+        name: Name of the archive.
+        blocks: What `read_blocks` returned; the block may be absent when handler and members are given.
+        folder: Where paths inside the block start: the folder of setup_config.json.
+        members, handler, model_file, allow_nan: From the command line; paths start at the working directory.
+
+    Raises:
+        ArchiveError: The name is not allowed, or something that an archive needs is missing.
+    """
+    if not ARCHIVE_NAME.fullmatch(name):
+        raise ArchiveError(f"archive name '{name}': expected letters, digits, '_', '-', '.'")
+    if name not in blocks and not (handler and members):
+        raise ArchiveError(f"'{name}' is not in setup_config.json{_hint(name, blocks)}")
+    block = dict(blocks.get(name, {}))
+    given = {key: block.pop(key) for key in ARCHIVER_KEYS if key in block}
+    handler_path = _find_handler(name, handler, block.get("handler"), folder)
+    model_path = Path(model_file).absolute() if model_file else _path(name, given, "model_file", folder)
+    if model_path is not None:
+        block.setdefault("architecture", model_path.name)
+    extra = given.get("extra_files", [])
+    if not isinstance(extra, list) or not all(isinstance(item, str) for item in extra):
+        raise ArchiveError(f"'{name}': extra_files: expected a list of paths, got {extra!r}")
+    from_command_line = members is not None
+    return ArchiveRequest(
+        name=name,
+        folder=Path.cwd() if from_command_line else folder,
+        handler=handler_path,
+        members=members if members is not None else _check_members(name, given.get("members", [])),
+        settings={**block, "name": name, "handler": handler_path.name},
+        labels=_path(name, given, "labels", folder),
+        model_config=_path(name, given, "model_config", folder),
+        model_file=model_path,
+        extra_files=tuple(folder / item for item in extra),
+        version=str(given.get("version", "1.0")),
+        allow_nan=allow_nan or bool(given.get("allow_nan", False)),
+    )
+
+
+def _hint(name: str, blocks: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, blocks, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; it holds {', '.join(blocks) or 'no archives'}. Otherwise give --handler and --members"
+
+
+def _check_members(name: str, members: Any) -> MemberSpecs:
+    if isinstance(members, str):
+        return [members]
+    items = members.values() if isinstance(members, dict) else members
+    if not isinstance(members, list | dict) or not all(isinstance(item, str) for item in items):
+        raise ArchiveError(
+            f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}"
+        )
+    return members
+
+
+def _find_handler(name: str, given: str | None, in_block: str | None, folder: Path) -> Path:
+    handler = given or in_block
+    if not handler:
+        raise ArchiveError(f"'{name}': no handler; give --handler or the key 'handler'")
+    places = [Path.cwd() if given else folder, HANDLERS]
+    for place in places:
+        path = place / handler
+        if path.is_file() and path.suffix == ".py":
+            return path.absolute()
+    known = ", ".join(sorted(path.name for path in HANDLERS.glob("*_handler.py")))
+    raise ArchiveError(f"'{name}': handler '{handler}': no such .py file; handlers/ holds {known or 'none'}")
+
+
+def _path(name: str, given: Mapping[str, Any], key: str, folder: Path) -> Path | None:
+    value = given.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ArchiveError(f"'{name}': {key}: expected a path, got {value!r}")
+    return (folder / value).absolute()

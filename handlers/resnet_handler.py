@@ -1,0 +1,58 @@
+"""Serves an ensemble of torchvision image classifiers: ResNet by default, any architecture by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision.models import get_model_weights, get_weight
+
+from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.image_handler import ImageEnsembleHandler
+
+
+class ResNetHandler(ImageEnsembleHandler):
+    """Transforms and labels come from the torchvision weights' metadata; index_to_name.json overrides labels."""
+
+    default_architecture = "torchvision:resnet18"
+
+    @functools.cached_property
+    def weights(self) -> Any:
+        """The torchvision weights entry whose transforms and labels are used."""
+        try:
+            if self.settings.transforms:
+                return get_weight(self.settings.transforms)
+            return get_model_weights(self.architecture.removeprefix("torchvision:")).DEFAULT
+        except ValueError as error:
+            raise SettingsError(
+                "setup_config.json: transforms: expected the name of torchvision weights such as "
+                f"'ResNet18_Weights.IMAGENET1K_V1', got {self.settings.transforms or self.architecture!r} ({error})"
+            ) from None
+
+    @functools.cached_property
+    def preset(self) -> Any:
+        """The transform that belongs to the weights: resize, crop, normalise."""
+        return self.weights.transforms()
+
+    @property
+    def short_side(self) -> int:  # type: ignore[override]
+        """Side that the transform resizes to."""
+        return int(self.preset.resize_size[0])
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(3, crop, crop) of the transform, unless the settings say otherwise."""
+        side = int(self.preset.crop_size[0])
+        return self.settings.input_shape or (3, side, side)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """Turn an RGB image into a normalised (3, crop, crop) float32 tensor."""
+        return self.preset(image)
+
+    def default_labels(self) -> dict[int, str] | None:
+        """The categories of the weights, where the members have as many classes."""
+        categories = self.weights.meta["categories"]
+        classes = self.settings.num_classes
+        return dict(enumerate(categories)) if classes in (None, len(categories)) else None

@@ -1,0 +1,122 @@
+"""Turns the outputs of all members into one prediction and what the members disagree about.
+
+    p = sum_m w_m softmax(y_m / T)          combined prediction, and the mixture that uncertainty is about
+    H[p]                                    predictive entropy (total)
+    sum_m w_m H[p_m]                        expected entropy (aleatoric)
+    H[p] - sum_m w_m H[p_m]                 mutual information (epistemic), never below 0
+    sum_m w_m [argmax p_m = prediction]     agreement
+
+Source: Lakshminarayanan et al. 2017 (deep ensembles); Depeweg et al. 2018 (the split of the entropy).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["mean_probability", "mean_logit", "majority_vote"]
+
+
+@dataclass(frozen=True)
+class ClassPrediction:
+    """What an ensemble of classifiers says of a batch. M members, B examples, C classes; entropies in nats.
+
+    Attributes:
+        probabilities: (B, C) float32, the combined prediction; zeros where no member was usable.
+        ranking: (B, C) int64, classes from most to least probable.
+        member_probabilities: (M, B, C) float32, each member's own; zeros where it was not finite.
+        used: (M, B) bool, members with a positive weight and a finite output.
+        finite: (M, B) bool, members whose output was finite.
+        predictive_entropy: (B,) float32, of the mixture of the used members.
+        expected_entropy: (B,) float32.
+        mutual_information: (B,) float32.
+        agreement: (B,) float32, weighted share of used members whose arg max is the ensemble's.
+    """
+
+    probabilities: Tensor
+    ranking: Tensor
+    member_probabilities: Tensor
+    used: Tensor
+    finite: Tensor
+    predictive_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+    agreement: Tensor
+
+
+def combine_classes(
+    logits: Tensor, weights: Tensor, method: Method = "mean_probability", temperature: float = 1.0
+) -> ClassPrediction:
+    """Combine classifiers, example by example, each with its own weights of the members.
+
+    Args:
+        logits: (M, B, C), unnormalised or log-probabilities (log-softmax outputs give the same numbers, since
+            the softmax of a log-softmax is the softmax).
+        weights: (M, B) float, not negative; 0 leaves a member out of an example. Need not sum to 1.
+        method: `mean_probability`, `mean_logit` (geometric mean of the probabilities, renormalised) or
+            `majority_vote` (weighted share of the votes; ties go to the larger mean probability).
+        temperature: Logits are divided by it before the softmax.
+
+    Returns:
+        The prediction; an example for which no member is usable has zero probabilities and `used` all False.
+
+    Raises:
+        ValueError: The shapes don't match.
+    """
+    if logits.dim() != 3 or weights.shape != logits.shape[:2]:
+        raise ValueError(
+            f"expected logits (M, B, C) and weights (M, B), got {tuple(logits.shape)} and {tuple(weights.shape)}"
+        )
+    logits = logits.float() / temperature
+    # A -inf log-probability is a legal zero; NaN, +inf and a row of -inf alone are not.
+    finite = ~(logits.isnan() | (logits == torch.inf)).any(-1) & (logits > -torch.inf).any(-1)
+    own = torch.where(finite[..., None], logits, 0.0).log_softmax(-1)
+    own_probabilities = own.exp() * finite[..., None]
+    share = weights.to(logits) * finite
+    used = share > 0
+    share = share / share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
+    mixture = torch.einsum("mb,mbc->bc", share, own_probabilities)
+    combined = _combine(own, own_probabilities, share, mixture, method)
+    ranking = _rank(combined, mixture)
+    total = entropy(mixture)
+    expected = (share * entropy(own_probabilities)).sum(0)
+    agrees = own_probabilities.argmax(-1) == ranking[:, 0]
+    return ClassPrediction(
+        probabilities=combined,
+        ranking=ranking,
+        member_probabilities=own_probabilities,
+        used=used,
+        finite=finite,
+        predictive_entropy=total,
+        expected_entropy=expected,
+        mutual_information=(total - expected).clamp_min(0),
+        agreement=(share * agrees).sum(0),
+    )
+
+
+def _combine(own: Tensor, own_probabilities: Tensor, share: Tensor, mixture: Tensor, method: Method) -> Tensor:
+    if method == "mean_probability":
+        return mixture
+    if method == "mean_logit":
+        # xlogy-like: a member with weight 0 adds 0 even where its log-probability is -inf.
+        weighted = torch.where(share[..., None] > 0, share[..., None] * own, 0.0).sum(0)
+        usable = (share > 0).any(0)
+        return torch.where(usable[:, None], weighted, 0.0).softmax(-1) * usable[:, None]
+    votes = torch.nn.functional.one_hot(own_probabilities.argmax(-1), own.shape[-1])
+    return torch.einsum("mb,mbc->bc", share, votes.to(share))
+
+
+def _rank(combined: Tensor, mixture: Tensor) -> Tensor:
+    """Classes by combined probability; equal ones (rounded, votes are sums) by the mixture."""
+    by_mixture = mixture.argsort(dim=-1, descending=True, stable=True)
+    coarse = (combined.double() * 1e7).round().gather(-1, by_mixture)
+    order = coarse.argsort(dim=-1, descending=True, stable=True)
+    return by_mixture.gather(-1, order)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Shannon entropy along the last axis in nats; 0 log 0 is 0. (..., C) -> (...)."""
+    return torch.special.entr(probabilities).sum(-1)

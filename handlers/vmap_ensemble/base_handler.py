@@ -1,0 +1,375 @@
+"""Turns an archive of N members into one TorchServe model: load, prove, and answer request batches.
+
+    parse -> collate -> ONE vmapped forward -> answer          one JSON reply per request, in order
+
+A handler of your own overrides at most `build_model`, `parse` and `answers` (docs/own_handler.md).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from ts.torch_handler.base_handler import BaseHandler
+
+from vmap_ensemble import __version__
+from vmap_ensemble.architecture import build_architecture
+from vmap_ensemble.checkpoints import check_architecture
+from vmap_ensemble.classification import Answer, ClassAnswers, read_labels
+from vmap_ensemble.errors import EnsembleError, RequestError, SettingsError
+from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.images import check_shape, read_item
+from vmap_ensemble.members import StackedMembers, load_members, read_manifest
+from vmap_ensemble.metrics import Metrics
+from vmap_ensemble.proof import Proof, prove_equal
+from vmap_ensemble.requests import Options, Request, dump_json, error_body, read_request, wrap_answers
+from vmap_ensemble.settings import Settings, load_settings
+from vmap_ensemble.threads import cores_at_hand, threads_per_worker
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAMPLE_BATCH = 2
+
+
+class VmapEnsembleHandler(BaseHandler):
+    """Serves N checkpoints of one architecture as one model, with one vmapped forward per request batch.
+
+    Attributes:
+        settings_class: The settings that this handler knows; override for options of your own.
+        default_architecture: What is built where the settings name no architecture.
+        default_input_shape: Shape of one example where the settings give none.
+        settings: The archive's settings.
+        forward: The vmapped forward of the members.
+        proof: What the comparison with the members' own forwards showed at load.
+        phases_s: Seconds spent in each phase of loading.
+    """
+
+    settings_class: type[Settings] = Settings
+    default_architecture: str = ""
+    default_input_shape: tuple[int, ...] | None = None
+    settings: Any
+    forward: EnsembleForward
+    proof: Proof
+
+    # --- what a handler of your own may override ---------------------------------------------------------
+
+    def build_model(self) -> nn.Module:
+        """The architecture in eval mode; its weights don't matter, the members' are used."""
+        return build_architecture(self.architecture, self.settings.num_classes, self.folder)
+
+    def parse(self, item: Any) -> Any:
+        """Turn one item of a request into one example: a tensor without batch axis.
+
+        Raises:
+            RequestError: This item can't be read; its neighbours in the batch are answered all the same.
+        """
+        tensor = read_item(item)
+        if not isinstance(tensor, Tensor):
+            raise RequestError(415, "expected nested lists of numbers as JSON")
+        return check_shape(tensor, self.input_shape)
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[Any]
+    ) -> list[Answer | RequestError]:
+        """Turn the outputs of all members into one answer per example; here: of classifiers.
+
+        Args:
+            outputs: What the model returns; tensors (M, B, ...).
+            weights: (M, B) weights of the members per example.
+            options: What the client asked for, one per example.
+            examples: What `parse` returned, one per example.
+        """
+        return self.class_answers(outputs, weights, options)
+
+    def collate(self, examples: Sequence[Any]) -> tuple[Any, ...]:
+        """Turn examples into the model's arguments on the device; here: one stacked tensor (B, ...)."""
+        batch = torch.stack(list(examples))
+        return (batch.to(self.device, self.dtype if batch.is_floating_point() else None, non_blocking=True),)
+
+    def sample_examples(self, count: int) -> list[Any]:
+        """Examples to prove the forward on at load: seeded noise in the input's shape."""
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(self.input_shape, generator=generator) for _ in range(count)]
+
+    def default_labels(self) -> dict[int, str] | None:
+        """Labels where the archive brings no index_to_name.json."""
+        return None
+
+    def explain_request(self, request: Request) -> Any:
+        """Answer an explanations request."""
+        raise RequestError(501, "this handler gives no explanations")
+
+    @property
+    def architecture(self) -> str:
+        """The architecture that is built: the settings', or this handler's default."""
+        return self.settings.architecture or self.default_architecture
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        shape = self.settings.input_shape or self.default_input_shape
+        if shape is None:
+            raise SettingsError("setup_config.json: input_shape: expected the shape of one example, got nothing")
+        return shape
+
+    # --- loading -----------------------------------------------------------------------------------------
+
+    def initialize(self, context: Any) -> None:
+        """Load the archive that TorchServe has unpacked, and prove that its forward is right.
+
+        Raises:
+            EnsembleError: The archive can't be served; the log has one line that says why.
+        """
+        self.context = context
+        self.manifest = context.manifest
+        self.phases_s: dict[str, float] = {"import": _seconds_since_process_start()}
+        try:
+            self._load(context)
+        except EnsembleError as error:
+            logger.error("cannot serve %s: %s", context.model_name, error)
+            raise
+        self.initialized = True
+        logger.info("ready: %s", json.dumps(self._summary()))
+
+    def _load(self, context: Any) -> None:
+        self.folder = Path(context.system_properties["model_dir"])
+        config = context.model_yaml_config or {}
+        with self._phase("settings"):
+            self.settings = load_settings(self.folder, self.settings_class, config.get("handler"))
+            self._configure_torch(context, config)
+            self.metrics = Metrics(context.metrics, context.model_name)
+        with self._phase("build"):
+            model = self.build_model()
+        with self._phase("stack"):
+            members = load_members(self.folder, self.device, self.dtype)
+        self.member_weights = self._read_weights(members)
+        with self._phase("prepare"):
+            check_architecture("the members", members.spec(), model)
+            self.forward = EnsembleForward(model, members)
+            self.run = self.forward.loop if self.settings.execution == "reference" else self.forward
+        self.class_answers = ClassAnswers(
+            self.settings, members.names, read_labels(self.folder) or self.default_labels()
+        )
+        self._prove()
+
+    def _prove(self) -> None:
+        examples = self.sample_examples(SAMPLE_BATCH)
+        with self._phase("equivalence"), torch.inference_mode():
+            self.proof = prove_equal(self.forward, self.run, self.collate(examples), self.settings.tolerance)
+        for name in self.proof.not_finite:
+            logger.warning("member '%s' gives NaN or infinity on the sample input", name)
+        with self._phase("first_forward"), torch.inference_mode():
+            self.run(*self.collate(examples))
+
+    def _configure_torch(self, context: Any, config: dict[str, Any]) -> None:
+        gpu = context.system_properties.get("gpu_id")
+        default = f"cuda:{gpu}" if torch.cuda.is_available() and gpu is not None else "cpu"
+        self.device = torch.device(self.settings.device or default)
+        self.dtype = DTYPES[self.settings.dtype]
+        self.threads = self.settings.threads or threads_per_worker(config, cores_at_hand())
+        torch.set_num_threads(self.threads)
+        # TorchServe's base handler turns TF32 on at import on Ampere and later; the settings decide here.
+        torch.set_float32_matmul_precision(self.settings.float32_matmul_precision)
+        torch.backends.cudnn.allow_tf32 = self.settings.float32_matmul_precision != "highest"
+
+    def _read_weights(self, members: StackedMembers) -> Tensor:
+        """(M, 1) weights of the members."""
+        given = self.settings.weights
+        if given is None:
+            return torch.ones(len(members.names), 1, device=self.device)
+        unknown = sorted(set(given) - set(members.names))
+        missing = sorted(set(members.names) - set(given))
+        if unknown or missing or not any(given.values()):
+            raise SettingsError(
+                f"setup_config.json: weights: expected one for each of {', '.join(members.names)} and one above "
+                f"0, got unknown {unknown}, missing {missing}"
+            )
+        return torch.tensor([[given[name]] for name in members.names], device=self.device)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.phases_s.get(name) is None:
+            self.phases_s[name] = time.perf_counter() - start
+
+    # --- answering ---------------------------------------------------------------------------------------
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """Answer a batch of requests, each on its own: an error of one never reaches another.
+
+        Args:
+            data: One row per request, as TorchServe hands them over.
+            context: The context of the batch: headers in, statuses out.
+
+        Returns:
+            One JSON text per request, in the order of the requests.
+        """
+        self.context = context
+        start = time.perf_counter()
+        replies: list[Any] = [None] * len(data)
+        requests: dict[int, Request] = {}
+        examples: list[Any] = []
+        owners: list[tuple[int, Options]] = []
+        for index, row in enumerate(data):
+            with self._guard(replies, index):
+                headers = context.get_all_request_header(index)
+                replies[index] = self._special_reply(row, headers)
+                if replies[index] is None:
+                    request, parsed = self._parse_request(row, headers)
+                    requests[index] = request
+                    examples += parsed
+                    owners += [(index, request.options)] * len(parsed)
+        parsed_at = time.perf_counter()
+        answers = self._predict(examples, [options for _, options in owners]) if examples else []
+        predicted_at = time.perf_counter()
+        for index, request in requests.items():
+            own = [answer for (owner, _), answer in zip(owners, answers, strict=True) if owner == index]
+            with self._guard(replies, index):
+                replies[index] = self._reply(request, own)
+        texts = [self._finish(reply, index) for index, reply in enumerate(replies)]
+        self._record(len(examples), parsed_at - start, predicted_at - parsed_at, predicted_at)
+        return texts
+
+    def _special_reply(self, row: dict[str, Any], headers: dict[str, Any]) -> Any:
+        """Describe and explain requests share the batch with predictions: decided per request."""
+        flags = {str(k).lower(): v for k, v in headers.items()}
+        if flags.get("describe") == "True":
+            return self.describe_handle()
+        if flags.get("explain") == "True":
+            return self.explain_request(read_request(row, headers))
+        return None
+
+    def _parse_request(self, row: dict[str, Any], headers: dict[str, Any]) -> tuple[Request, list[Any]]:
+        request = read_request(row, headers)
+        unknown = sorted(set(request.options.subset or ()) - set(self.forward.members.names))
+        if unknown:
+            known = ", ".join(self.forward.members.names)
+            raise RequestError(422, f"subset: unknown member '{unknown[0]}'; known: {known}")
+        return request, [self.parse(item) for item in request.items]
+
+    def _weights(self, options: Sequence[Options]) -> Tensor:
+        """(M, B) weights: the settings', 0 for members outside an example's subset."""
+        weights = self.member_weights.expand(-1, len(options))
+        if all(option.subset is None for option in options):
+            return weights
+        names = self.forward.members.names
+        rows = [[option.subset is None or name in option.subset for option in options] for name in names]
+        return weights * torch.tensor(rows, device=weights.device)
+
+    def _predict(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
+        """One forward for the batch; should it fail, one for each example, so that neighbours are answered."""
+        try:
+            return self._forward_and_answer(examples, options)
+        except RequestError as error:
+            failure = error
+        except torch.OutOfMemoryError:
+            failure = RequestError(507, "not enough memory for this input")
+        except Exception as error:
+            logger.error("the forward of a batch of %d failed: %s", len(examples), _where(error))
+            failure = RequestError(500, "the model failed on this input")
+        if len(examples) == 1:
+            return [failure]
+        self.metrics.record("EnsembleFallbacks", 1, "one_by_one")
+        logger.warning("a batch of %d failed as a whole; answering its examples one by one", len(examples))
+        return [self._predict([e], [o])[0] for e, o in zip(examples, options, strict=True)]
+
+    @torch.inference_mode()
+    def _forward_and_answer(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
+        outputs = self.run(*self.collate(examples))
+        return self.answers(outputs, self._weights(options), options, examples)
+
+    def _reply(self, request: Request, answers: list[Answer | RequestError]) -> str:
+        for answer in answers:
+            if isinstance(answer, RequestError):
+                raise answer
+            if answer.mutual_information is not None:
+                self.metrics.record("EnsembleMutualInformation", answer.mutual_information)
+            for name in answer.left_out:
+                self.metrics.record("EnsembleNonFiniteMembers", 1, name)
+        bodies = [answer.body for answer in answers if isinstance(answer, Answer)]
+        return dump_json(wrap_answers(request, bodies, self.settings.name))
+
+    @contextmanager
+    def _guard(self, replies: list[Any], index: int) -> Iterator[None]:
+        """Turn whatever one request raises into that request's own reply."""
+        try:
+            yield
+        except RequestError as error:
+            replies[index] = error
+        except Exception as error:
+            logger.error("request %d failed: %s", index, _where(error))
+            replies[index] = RequestError(500, "this request could not be answered")
+
+    def _finish(self, reply: Any, index: int) -> str:
+        """Set status and content type of a request, and give its text."""
+        self.context.set_response_content_type(index, "application/json")
+        if isinstance(reply, RequestError):
+            self.context.set_response_status(reply.status, _phrase(reply.status), index)
+            self.metrics.record("EnsembleRefusedRequests", 1, str(reply.status))
+            return dump_json(error_body(reply))
+        return reply if isinstance(reply, str) else dump_json(reply)
+
+    def _record(self, batch: int, parse_s: float, forward_s: float, predicted_at: float) -> None:
+        self.metrics.record("EnsembleParseTime", parse_s)
+        if batch:
+            self.metrics.record("EnsembleForwardTime", forward_s)
+            self.metrics.record("EnsembleBatchSize", batch)
+        self.metrics.record("EnsembleRespondTime", time.perf_counter() - predicted_at)
+
+    # --- describing --------------------------------------------------------------------------------------
+
+    def describe_handle(self) -> dict[str, Any]:
+        """What is served: members with SHA-256, dtype, device, how the forward is run, labels."""
+        labels = self.class_answers.labels
+        return {
+            **self._summary(),
+            "members": [asdict(member) for member in read_manifest(self.folder).members],
+            "settings": {k: v for k, v in asdict(self.settings).items() if v is not None},
+            "labels": [labels[index] for index in sorted(labels)],
+        }
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "ensemble": self.settings.name,
+            "version": __version__,
+            "architecture": self.architecture,
+            "size": len(self.forward.members.names),
+            "dtype": self.settings.dtype,
+            "device": str(self.device),
+            "threads": self.threads,
+            "execution": self.settings.execution,
+            "equivalence": asdict(self.proof),
+            "load_s": {name: round(seconds, 3) for name, seconds in self.phases_s.items()},
+        }
+
+
+def _where(error: Exception) -> str:
+    """Type and innermost frames of an error, without its text, which may quote the request."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__} in " + " < ".join(
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)
+    )
+
+
+def _seconds_since_process_start() -> float:
+    return time.time() - psutil.Process().create_time()
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Error"

@@ -1,0 +1,148 @@
+"""Turns the logits of all members into one JSON answer per example: label, top k, uncertainty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmap_ensemble.aggregate import ClassPrediction, combine_classes
+from vmap_ensemble.errors import RequestError, SettingsError
+from vmap_ensemble.requests import Options
+from vmap_ensemble.settings import Settings
+
+LABELS_FILE = "index_to_name.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one example, and what its metrics need."""
+
+    body: dict[str, Any]
+    mutual_information: float | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def read_labels(folder: Path) -> dict[int, str] | None:
+    """Read index_to_name.json ({"0": "cat"}, or {"0": ["n02123045", "cat"]}); None where there is none.
+
+    Raises:
+        SettingsError: The file is not a JSON object of class numbers.
+    """
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        return None
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+        # TorchServe's lists are [id, name]: the name is what people read.
+        return {int(k): str(v[-1] if isinstance(v, list) else v) for k, v in mapping.items()}
+    except (ValueError, AttributeError, IndexError) as error:
+        raise SettingsError(f'{LABELS_FILE}: expected {{"0": "label", …}}, got {error}') from None
+
+
+class ClassAnswers:
+    """Answers for classifiers.
+
+    Args:
+        settings: Aggregation, temperature, top k, thresholds, form of the answer.
+        names: The members, in the order of the stack.
+        labels: Class number -> label; a class without one is called by its number.
+    """
+
+    def __init__(self, settings: Settings, names: Sequence[str], labels: dict[int, str] | None) -> None:
+        self.settings, self.names, self.labels = settings, tuple(names), labels or {}
+
+    def label(self, index: int) -> str:
+        """The label of a class."""
+        return self.labels.get(index, str(index))
+
+    def __call__(self, logits: Tensor, weights: Tensor, options: Sequence[Options]) -> list[Answer | RequestError]:
+        """Answer a batch.
+
+        Args:
+            logits: (M, B, C) of all members.
+            weights: (M, B), the members' weights per example; 0 where a subset leaves one out.
+            options: One per example.
+        """
+        settings = self.settings
+        prediction = combine_classes(logits, weights, settings.aggregation, settings.temperature)
+        asked = (weights > 0).cpu()
+        rows = _Rows(prediction, max(o.top_k or settings.top_k for o in options))
+        return [self._answer(rows, b, option, asked[:, b].tolist()) for b, option in enumerate(options)]
+
+    def _answer(self, rows: _Rows, b: int, options: Options, asked: list[bool]) -> Answer | RequestError:
+        used = [m for m, is_used in enumerate(rows.used[b]) if is_used]
+        left_out = tuple(self.names[m] for m, wanted in enumerate(asked) if wanted and not rows.finite[b][m])
+        if not used:
+            return RequestError(500, "no member gave a finite output for this input")
+        top = list(zip(rows.top[b], rows.top_probabilities[b], strict=True))[: options.top_k or self.settings.top_k]
+        if self.settings.response == "torchserve":
+            body: dict[str, Any] = {self.label(index): probability for index, probability in top}
+        else:
+            ranked = [{"label": self.label(i), "index": i, "probability": p} for i, p in top]
+            body = {
+                "prediction": ranked[0],
+                "top_k": ranked,
+                "uncertainty": rows.uncertainty(b),
+                "ensemble": {"size": len(self.names), "used": len(used)},
+            }
+            reasons = self._reasons_to_abstain(rows, b)
+            body["abstain"] = bool(reasons)
+            if reasons:
+                body["abstain_reasons"] = reasons
+            if options.subset is not None:
+                body["ensemble"]["subset"] = [self.names[m] for m, wanted in enumerate(asked) if wanted]
+            if left_out:
+                body["ensemble"]["left_out"] = list(left_out)
+        if options.detail:
+            body["members"] = [self._member(rows, m, b) for m in used]
+        return Answer(body, rows.mutual_information[b], left_out)
+
+    def _member(self, rows: _Rows, m: int, b: int) -> dict[str, Any]:
+        index = rows.member_top[m][b]
+        return {
+            "name": self.names[m],
+            "label": self.label(index),
+            "index": index,
+            "probability": rows.member_top_probabilities[m][b],
+        }
+
+    def _reasons_to_abstain(self, rows: _Rows, b: int) -> list[str]:
+        settings, reasons = self.settings, []
+        least, most = settings.abstain_below_probability, settings.abstain_above_mutual_information
+        if least is not None and rows.top_probabilities[b][0] < least:
+            reasons.append(f"probability below {least}")
+        if most is not None and rows.mutual_information[b] > most:
+            reasons.append(f"mutual information above {most}")
+        return reasons
+
+
+class _Rows:
+    """A prediction as Python lists, moved from the device once per batch."""
+
+    def __init__(self, prediction: ClassPrediction, top_k: int) -> None:
+        top = prediction.ranking[:, :top_k]
+        member_top = prediction.member_probabilities.max(-1)
+        self.top = top.tolist()
+        self.top_probabilities = prediction.probabilities.gather(-1, top).tolist()
+        self.used = prediction.used.T.tolist()
+        self.finite = prediction.finite.T.tolist()
+        self.member_top = member_top.indices.tolist()
+        self.member_top_probabilities = member_top.values.tolist()
+        four = (
+            prediction.predictive_entropy,
+            prediction.expected_entropy,
+            prediction.mutual_information,
+            prediction.agreement,
+        )
+        self._uncertainty = torch.stack(four, dim=-1).tolist()
+        self.mutual_information = [row[2] for row in self._uncertainty]
+
+    def uncertainty(self, b: int) -> dict[str, float]:
+        names = ("predictive_entropy", "expected_entropy", "mutual_information", "agreement")
+        return dict(zip(names, self._uncertainty[b], strict=True))

