@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -22,16 +22,15 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.lowering import (
-    ACTIVATIONS,
     CONVOLUTIONS,
     LoweredModel,
     Program,
     UnsupportedModel,
-    convolve,
     extract_program,
     lower_model,
 )
 from vmap_ensemble.member_threads import MemberThreads
+from vmap_ensemble.prepacking import member_slot, pack_convolutions, record_values
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
@@ -51,10 +50,10 @@ class ConvolutionForward:
         nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
         (output,) = (node for node in lowered.graph.nodes if node.op == "output")
         head, tail = nodes[:cut], nodes[cut:]
-        values = _record_values(lowered, head, example)
+        values = record_values(lowered, head, example)
         convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
         self._arguments = lowered.arguments()
-        packed = _pack_convolutions(lowered, head, values) if head else {}
+        packed = pack_convolutions(lowered, head, values) if head else {}
         # Sizes and other plain values are cheap, so members recompute them; tensors come from the trunk.
         own = [n for n in head if n in lowered.batched or not isinstance(values[n], Tensor)]
         shared = [n for n in head if n not in lowered.batched]
@@ -72,7 +71,7 @@ class ConvolutionForward:
         device = next(iter(lowered.slots.values())).device
         self._index = torch.arange(count, device=device)
         self._channels_last = bool(head) or device.type == "cuda"
-        self.reason = f"{convolutions} convolutions fused, {len(packed) and 'prepacked' or 'not prepacked'}"
+        self.reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
 
     @property
     def groups(self) -> int:
@@ -128,7 +127,7 @@ class _Body:
         self.program: Program = extract_program(lowered, nodes, tuple(outputs))
         self.run = self.program.compile()
         self.slots = [
-            [_member_slot(lowered, packed, name, index) for name in self.program.slots] for index in range(count)
+            [member_slot(lowered, packed, name, index) for name in self.program.slots] for index in range(count)
         ]
         self._pools: dict[int, MemberThreads] = {}
         self.use_groups(1)
@@ -240,83 +239,6 @@ def _used_by(nodes: list[fx.Node], later: list[fx.Node], lowered: LoweredModel |
     return used if lowered is None else [n for n in used if n in lowered.batched]
 
 
-def _record_values(lowered: LoweredModel, nodes: list[fx.Node], example: Sequence[Tensor]) -> dict[fx.Node, Any]:
-    """Run the first member's plain graph once, to learn every value's kind and shape."""
-    values: dict[fx.Node, Any] = dict(zip(lowered.arguments(), example, strict=False))
-    for name, tensor in lowered.slots.items():
-        node = next(n for n in lowered.graph.nodes if n.name == name)
-        values[node] = tensor[0] if name in lowered.stacked else tensor
-    interpreter = fx.Interpreter(lowered.root, graph=lowered.graph)
-    interpreter.env = values
-    for node in nodes:
-        values[node] = interpreter.run_node(node)
-    return values
-
-
-def _pack_convolutions(
-    lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.Node, Any]
-) -> dict[str, list[Tensor]]:
-    """Replace plain convolutions by oneDNN's, and give each a slot of packed weights (one per member)."""
-    packed: dict[str, list[Tensor]] = {}
-    order = {node: position for position, node in enumerate(lowered.graph.nodes)}
-    for node in nodes:
-        if node.target not in CONVOLUTIONS:
-            continue
-        *tensors, settings, activation = node.args
-        x, weight_node, bias = tensors[0], tensors[-2], tensors[-1]
-        padding, stride, dilation, groups = settings
-        weight = lowered.slots[weight_node.name]
-        rows = weight.unbind() if weight_node.name in lowered.stacked else [weight]
-        slot = _insert_slot(lowered, weight_node)
-        packed[slot.name] = [
-            torch.ops.mkldnn._reorder_convolution_weight(
-                row.contiguous(), padding, stride, dilation, groups, list(values[x].shape)
-            )
-            for row in rows
-        ]
-        constant = (padding, stride, dilation, groups)
-        scalars = ACTIVATIONS[activation][1]
-        if node.target is convolve:
-            node.target = torch.ops.mkldnn._convolution_pointwise.default
-            node.args = (x, slot, bias, *constant, activation, scalars, "")
-        else:
-            attribute = None if activation == "none" else activation
-            in_place = _is_consumed(tensors[1], node, order) and values[tensors[1]].shape == values[node].shape
-            function = _ADD_IN_PLACE if in_place else _ADD
-            node.target = function
-            other_first = (tensors[1], x) if in_place else (x, tensors[1])
-            node.args = (*other_first, slot, bias, *constant, "add", 1.0, attribute, scalars, "")
-    return packed
-
-
-_ADD = torch.ops.mkldnn._convolution_pointwise.binary
-_ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
-
-
-def _is_consumed(other: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether the residual may be overwritten: a convolution made it, and nothing reads it afterwards."""
-    fresh = other.target in (torch.ops.mkldnn._convolution_pointwise.default, _ADD, _ADD_IN_PLACE)
-    return fresh and all(order[user] <= order[node] for user in other.users)
-
-
-def _insert_slot(lowered: LoweredModel, weight: fx.Node) -> fx.Node:
-    """A slot for packed weights beside the plain ones, which another node may still need."""
-    with lowered.graph.inserting_after(weight):
-        slot = lowered.graph.placeholder(weight.name + "_packed")
-    lowered.slots[slot.name] = lowered.slots[weight.name]
-    if weight.name in lowered.stacked:
-        lowered.stacked.add(slot.name)
-        lowered.batched.add(slot)
-    return slot
-
-
-def _member_slot(lowered: LoweredModel, packed: dict[str, list[Tensor]], name: str, index: int) -> Tensor:
-    stacked = name in lowered.stacked
-    if name in packed:
-        return packed[name][index if stacked else 0]
-    return lowered.slots[name][index] if stacked else lowered.slots[name]
-
-
 def _to_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
@@ -336,10 +258,10 @@ def _check_equal(
         own = {key: tensor[index] for key, tensor in members.stacked.items()}
         want = pytree.tree_leaves(functional_call(model, {**members.shared, **own}, tuple(example)))
         for ours, theirs in zip(got, want, strict=True):
-            error = (ours[index] - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)
-            if not error <= tolerance:
+            difference = float((ours[index] - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+            if not difference <= tolerance:
                 raise UnsupportedModel(
-                    f"member '{name}' differs by {float(error):.1e} of its largest output from its own forward; "
+                    f"member '{name}' differs by {difference:.1e} of its largest output from its own forward; "
                     f"at most {tolerance:.1e} is allowed"
                 )
 
@@ -347,9 +269,7 @@ def _check_equal(
 _GROUP_ROUNDS = 5  # timed rounds per candidate, after one to warm up
 
 
-def _choose_groups(
-    forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None
-) -> None:
+def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None) -> None:
     """Share the threads between members as is fastest: all for one member, or one member for each."""
     threads = torch.get_num_threads()
     candidates = sorted({1, min(count, threads)} | {g for g in (2, 4, 8) if g < min(count, threads)})

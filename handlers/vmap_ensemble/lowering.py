@@ -129,6 +129,8 @@ class _Lowering:
                 self._lower_module(node)
             elif node.target is F.dropout and not _argument(node, 2, "training", True):
                 self._replace(node, node.args[0])
+            elif node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+                node.target = "reshape"  # channels_last values can't be viewed the way contiguous ones can
         mark_batched(self.lowered)
         for node in list(self.graph.nodes):
             if node.target is convolve:
@@ -213,7 +215,8 @@ class _Lowering:
         module = norm.target.module if norm is not None and isinstance(norm.target, _ModuleCall) else None
         if norm is None or not isinstance(module, nn.BatchNorm2d) or module.running_mean is None:
             return node
-        slots = {key: slot for key, slot in norm.args[0].items() if key != "num_batches_tracked"}  # type: ignore[union-attr]
+        weights: Any = norm.args[0]
+        slots: dict[str, fx.Node] = {k: slot for k, slot in weights.items() if k != "num_batches_tracked"}
         own_norm = any(slot.name in self.lowered.stacked for slot in slots.values())
         if own_norm and node not in self.lowered.batched:
             return node  # a shared convolution stays ONE convolution: folding would make it M of them
@@ -289,7 +292,7 @@ class _ModuleCall:
         self.__module__ = __name__
 
     def __call__(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, weights, args, kwargs)
+        return functional_call(self.module, dict(weights), args, kwargs)
 
 
 def _activation_name(node: fx.Node, root: nn.Module) -> str | None:

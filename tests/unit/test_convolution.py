@@ -88,17 +88,17 @@ def build_members(make, count, shared_prefix=None):
     torch.manual_seed(0)
     models = [make().eval() for _ in range(count)]
     for model in models:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and not (shared_prefix and name.startswith(shared_prefix)):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2.0)
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.3)
-        if shared_prefix:
+        if shared_prefix is not None:
             own = {k: v for k, v in models[0].state_dict().items() if k.startswith(shared_prefix)}
             model.load_state_dict(own, strict=False)
     states = [model.state_dict() for model in models]
-    shared = {k: v for k, v in states[0].items() if shared_prefix and k.startswith(shared_prefix)}
+    shared = {k: v for k, v in states[0].items() if shared_prefix is not None and k.startswith(shared_prefix)}
     stacked = {k: torch.stack([state[k] for state in states]) for k in states[0] if k not in shared}
     names = tuple(f"m{index}" for index in range(count))
     return models, StackedMembers(names=names, stacked=stacked, shared=shared)
@@ -164,7 +164,7 @@ def test_other_sizes_than_the_example(shape):
 
 
 def test_input_and_members_stay_as_they_are():
-    models, members = build_members(Residual, 2)
+    _, members = build_members(Residual, 2)
     x = torch.randn(2, 3, 16, 16)
     kept, stacked = x.clone(), {key: tensor.clone() for key, tensor in members.stacked.items()}
     forward = prepare(Residual().eval(), members, x)
@@ -265,7 +265,7 @@ def test_a_model_that_changes_from_call_to_call_is_refused():
 
 def test_an_example_that_does_not_fit_is_refused():
     _, members = build_members(Plain, 2)
-    with pytest.raises(UnsupportedModel, match="the prepared Plain doesn't run"):
+    with pytest.raises(UnsupportedModel, match="the example doesn't fit the model at its step 'convolve'"):
         prepare(Plain().eval(), members, torch.randn(1, 2, 14, 14))
 
 
