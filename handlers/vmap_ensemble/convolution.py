@@ -18,9 +18,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call, vmap
-from torch.utils import _pytree as pytree
+from torch.func import vmap
 
+from vmap_ensemble.errors import LoadError
+from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.lowering import (
     CONVOLUTIONS,
     LoweredModel,
@@ -31,6 +32,7 @@ from vmap_ensemble.lowering import (
 )
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.prepacking import member_slot, pack_convolutions, record_values
+from vmap_ensemble.proof import prove_equal
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
@@ -185,7 +187,7 @@ def prepare(
     """Prepare the fastest vmapped forward known here for a convolutional network.
 
     Args:
-        model: The architecture in eval mode. Its own tensors aren't read; they may be on the meta device.
+        model: The architecture in eval mode. Its own tensors are dropped, as `EnsembleForward` does.
         members: M stacked members, float32.
         example: The forward's arguments, (B, ...), of the size that is expected most often. Other batch and
             image sizes give right results too.
@@ -199,6 +201,7 @@ def prepare(
     Raises:
         UnsupportedModel: The model has no convolution, can't be traced, isn't float32, or doesn't keep the
             tolerance on the example.
+        LoadError: The members don't fill the model, or it is in training mode.
 
     Note:
         Holds its own, folded and packed, copy of every convolution's weights.
@@ -208,6 +211,7 @@ def prepare(
     if wrong:
         raise UnsupportedModel(f"expected float32 weights, got {sorted(map(str, wrong))}; use eager or compiled")
     with torch.no_grad():
+        reference = EnsembleForward(model, members)
         lowered = lower_model(model, members)
         nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
         if not any(node.target in CONVOLUTIONS for node in nodes):
@@ -215,7 +219,7 @@ def prepare(
         on_cpu = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
         cut = _find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
         forward = ConvolutionForward(lowered, len(members.names), cut, example)
-        _check_equal(forward, model, members, example, tolerance)
+        _check_equal(forward, reference, example, tolerance)
         _choose_groups(forward, len(members.names), example, groups)
     return forward
 
@@ -244,26 +248,15 @@ def _to_channels_last(tensor: Tensor) -> Tensor:
 
 
 def _check_equal(
-    forward: ConvolutionForward,
-    model: nn.Module,
-    members: StackedMembers,
-    example: Sequence[Tensor],
-    tolerance: float,
+    forward: ConvolutionForward, reference: EnsembleForward, example: tuple[Tensor, ...], tolerance: float
 ) -> None:
     try:
-        got = pytree.tree_leaves(forward(*example))
+        prove_equal(reference, forward, example, tolerance)
+    except LoadError as error:
+        raise UnsupportedModel(f"prepared convolutions: {error}") from error
     except Exception as error:
-        raise UnsupportedModel(f"the prepared {type(model).__name__} doesn't run: {error}") from error
-    for index, name in enumerate(members.names):
-        own = {key: tensor[index] for key, tensor in members.stacked.items()}
-        want = pytree.tree_leaves(functional_call(model, {**members.shared, **own}, tuple(example)))
-        for ours, theirs in zip(got, want, strict=True):
-            difference = float((ours[index] - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
-            if not difference <= tolerance:
-                raise UnsupportedModel(
-                    f"member '{name}' differs by {difference:.1e} of its largest output from its own forward; "
-                    f"at most {tolerance:.1e} is allowed"
-                )
+        name = type(reference.model).__name__
+        raise UnsupportedModel(f"the prepared {name} doesn't run: {error}") from error
 
 
 _GROUP_ROUNDS = 5  # timed rounds per candidate, after one to warm up

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
+from vmap_ensemble.errors import LoadError
 from vmap_ensemble.members import StackedMembers
 
 
@@ -242,14 +243,14 @@ def test_control_flow_on_values_is_refused():
 
 def test_training_mode_is_refused():
     _, members = build_members(Plain, 2)
-    with pytest.raises(UnsupportedModel, match="expected a model in eval mode"):
+    with pytest.raises(LoadError, match="expected a model in eval mode"):
         prepare(Plain().train(), members, torch.randn(1, 1, 14, 14))
 
 
 def test_a_missing_weight_is_refused():
     _, members = build_members(Plain, 2)
     del members.stacked["conv2.weight"]
-    with pytest.raises(UnsupportedModel, match=r"no member holds 'conv2.weight', which the model's conv2 uses"):
+    with pytest.raises(LoadError, match=r"no member holds 'conv2.weight', which the architecture has"):
         prepare(Plain().eval(), members, torch.randn(1, 1, 14, 14))
 
 
@@ -259,7 +260,7 @@ def test_a_model_that_changes_from_call_to_call_is_refused():
             return super().forward(x + torch.rand_like(x))
 
     _, members = build_members(Noisy, 2)
-    with pytest.raises(UnsupportedModel, match=r"member 'm0' differs by .* of its largest output"):
+    with pytest.raises(UnsupportedModel, match=r"member 'm0': the vmapped forward differs"):
         prepare(Noisy().eval(), members, torch.randn(1, 1, 14, 14))
 
 
