@@ -120,9 +120,7 @@ def _check_members(name: str, members: Any) -> MemberSpecs:
         return [members]
     items = members.values() if isinstance(members, dict) else members
     if not isinstance(members, list | dict) or not all(isinstance(item, str) for item in items):
-        raise ArchiveError(
-            f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}"
-        )
+        raise ArchiveError(f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}")
     return members
 
 

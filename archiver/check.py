@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -68,14 +69,16 @@ def _run_child(path: Path, folder: Path, request: Path | None, console: Console,
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryFile(mode="w+") as log:
-        child = subprocess.Popen(
-            command, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT
-        )
+        child = subprocess.Popen(command, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT)
         os.close(writer)
+        # Ends the pipe too, so that a handler that hangs is reported as a process that was killed.
+        alarm = threading.Timer(CHECK_TIMEOUT_S, child.kill)
+        alarm.start()
         try:
             error = _read_phases(reader, console)
-            code = child.wait(timeout=CHECK_TIMEOUT_S)
+            code = child.wait()
         finally:
+            alarm.cancel()
             child.kill()
             child.wait()
         if code != 0 or error:

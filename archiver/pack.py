@@ -95,9 +95,7 @@ def _private_folder(target: Path) -> Iterator[Path]:
 def _stage(request: ArchiveRequest, survey: Survey, stage: Path, step: Step) -> Manifest:
     """Lay out the root of the archive; torch-model-archiver copies a folder's contents, folders included."""
     (stage / MEMBERS_FOLDER).mkdir(parents=True)
-    shutil.copytree(
-        HANDLERS / PACKAGE, stage / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
-    )
+    shutil.copytree(HANDLERS / PACKAGE, stage / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     settings = settings_of(request, survey.num_classes)
     (stage / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if request.labels is not None:

@@ -54,16 +54,12 @@ def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list
         return [_named(name, spec, folder) for name, spec in specs.items()]
     found = [item for spec in specs for item in _expand(spec, folder)]
     if not found:
-        raise ArchiveError(
-            "no members: expected at least one checkpoint; give --members or the key 'members'"
-        )
+        raise ArchiveError("no members: expected at least one checkpoint; give --members or the key 'members'")
     twice = [path for path, count in Counter(path.resolve() for path, _ in found).items() if count > 1]
     if twice:
         raise ArchiveError(f"member '{twice[0].name}' is given twice; name both to keep them: {{name: path}}")
     names = unique_names([Path(shown) if shown else path for path, shown in found])
-    return [
-        Source(name, path, shown or _shown(path)) for name, (path, shown) in zip(names, found, strict=True)
-    ]
+    return [Source(name, path, shown or _shown(path)) for name, (path, shown) in zip(names, found, strict=True)]
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -120,9 +116,7 @@ def _shown(path: Path) -> str:
 
 def _named(name: str, spec: str, folder: Path) -> Source:
     if not NAME.fullmatch(name) or name == RESERVED or name.startswith("."):
-        raise ArchiveError(
-            f"member name '{name}': expected letters, digits, '.', '_', '-', and not '{RESERVED}'"
-        )
+        raise ArchiveError(f"member name '{name}': expected letters, digits, '.', '_', '-', and not '{RESERVED}'")
     found = _expand(spec, folder)
     if len(found) != 1:
         raise ArchiveError(f"member '{name}': '{spec}' stands for {len(found)} files, expected one")
@@ -147,9 +141,7 @@ def _expand(spec: str, folder: Path) -> list[tuple[Path, str]]:
         matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         files = [match for match in matches if match.is_file()]
         if not files:
-            raise ArchiveError(
-                f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/"
-            )
+            raise ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
         return [(item, "") for item in sorted(files, key=_natural)]
     raise ArchiveError(f"member '{spec}': no such file or folder")
 

@@ -99,9 +99,7 @@ def survey_members(
             architecture, {key: spec[0] for key, spec in spec_of(states[0]).items()}
         )
         model = build_architecture(architecture, num_classes, folder)
-        states = [
-            fit_to_architecture(label, state, model) for label, state in zip(labels, states, strict=True)
-        ]
+        states = [fit_to_architecture(label, state, model) for label, state in zip(labels, states, strict=True)]
     compare_members({label: spec_of(state) for label, state in zip(labels, states, strict=True)})
     for label, state in zip(labels, states, strict=True):
         if not allow_nan:
@@ -123,6 +121,5 @@ def _labels(sources: list[Source]) -> list[str]:
     """What errors call the members: the file's name, with the member's where two files share one."""
     shown = [source.shown for source in sources]
     return [
-        source.shown if shown.count(source.shown) == 1 else f"{source.shown} ({source.name})"
-        for source in sources
+        source.shown if shown.count(source.shown) == 1 else f"{source.shown} ({source.name})" for source in sources
     ]

@@ -10,6 +10,7 @@ import argparse
 import fnmatch
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -284,6 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--stop", action="store_true", help="stop the TorchServe that ./serve.sh started, no other")
     what.add_argument("--status", action="store_true", help="tell what is served; status 1 when nothing is")
     options = parser.parse_args(arguments)
+    # A stopped serve.sh takes its training or packing with it, and a server that is not ready yet.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     service = Service()
     try:
         if options.stop:

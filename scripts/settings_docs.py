@@ -1,7 +1,7 @@
 """Turns the settings classes into docs/settings.md, so that the page can't fall behind the code.
 
-    python -m scripts.settings_docs            writes the page
-    python -m scripts.settings_docs --check    exits 1 when the page is out of date
+python -m scripts.settings_docs            writes the page
+python -m scripts.settings_docs --check    exits 1 when the page is out of date
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ A block of `setup_config.json` says what one archive serves. `./archive.sh` read
 
 | key | what it says |
 | --- | --- |
-| `members` | checkpoints: files, folders, globs, `torchvision:ResNet50_Weights.IMAGENET1K_V1`; a list, or `{name: path}` |
+| `members` | files, folders, globs, `torchvision:ResNet50_Weights.IMAGENET1K_V1`; a list, or `{name: path}` |
 | `labels` | a JSON file `{"0": "label", …}`; packed as `index_to_name.json` |
 | `model_config` | the yaml with TorchServe's settings of this model: batch size, delay, workers |
 | `model_file` | a `model.py` with an architecture of your own |
@@ -47,18 +47,18 @@ def describe_type(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "anyOf" in schema:
         return " or ".join(describe_type(part) for part in schema["anyOf"] if part.get("type") != "null")
-    kind = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-    text = kind.get(schema.get("type", ""), {"array": "list", "object": "object"}.get(schema.get("type", ""), "value"))
+    words = {"integer": "whole number", "string": "text", "boolean": "true or false", "array": "list"}
+    kind = schema.get("type", "value")
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
-    limits = [f"{words} {schema[key]:g}" for key, words in bounds.items() if key in schema]
-    return " ".join([text, ", ".join(limits)]).strip()
+    limits = [f"{bound} {schema[key]:g}" for key, bound in bounds.items() if key in schema]
+    return " ".join([words.get(kind, kind), ", ".join(limits)]).strip()
 
 
 def rows_of(kind: type[settings.Settings], known: set[str]) -> list[str]:
     """One table row per key that is not in `known`."""
     properties = TypeAdapter(kind).json_schema()["properties"]
     rows = []
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         if field.name in known:
             continue
         schema = properties[field.name]

@@ -125,9 +125,7 @@ def find_members(paths: list[Path]) -> list[Path]:
     """
     files = []
     for path in paths:
-        found = (
-            sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
-        )
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found or not found[0].is_file():
             raise DataError(
                 f"{path}: expected a checkpoint or a folder of them ({', '.join(SUFFIXES)}); "

@@ -140,7 +140,7 @@ def parse_settings(block: Mapping[str, Any], kind: type[SettingsType], where: st
 
 def known_keys(kind: type[Settings]) -> list[str]:
     """The keys that a settings class knows."""
-    return [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def check_keys(block: Mapping[str, Any], known: list[str] | tuple[str, ...], where: str) -> None:
