@@ -7,8 +7,10 @@ A handler of your own overrides at most `build_model`, `parse` and `answers` (do
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -26,8 +28,10 @@ from ts.torch_handler.base_handler import BaseHandler
 from vmap_ensemble import __version__
 from vmap_ensemble.architecture import build_architecture
 from vmap_ensemble.checkpoints import check_architecture
+from vmap_ensemble.chunking import ChunkedRun
 from vmap_ensemble.classification import Answer, ClassAnswers, read_labels
 from vmap_ensemble.errors import EnsembleError, RequestError, SettingsError
+from vmap_ensemble.execution import Execution, ExecutionOptions, build_execution
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.images import check_shape, read_item
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
@@ -41,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAMPLE_BATCH = 2
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmap-ensemble"
 
 
 class VmapEnsembleHandler(BaseHandler):
@@ -52,6 +57,7 @@ class VmapEnsembleHandler(BaseHandler):
         default_input_shape: Shape of one example where the settings give none.
         settings: The archive's settings.
         forward: The vmapped forward of the members.
+        execution: How the forward is run, and why.
         proof: What the comparison with the members' own forwards showed at load.
         phases_s: Seconds spent in each phase of loading.
     """
@@ -62,6 +68,7 @@ class VmapEnsembleHandler(BaseHandler):
     settings: Any
     forward: EnsembleForward
     proof: Proof
+    execution: Execution
 
     # --- what a handler of your own may override ---------------------------------------------------------
 
@@ -141,6 +148,7 @@ class VmapEnsembleHandler(BaseHandler):
             logger.error("cannot serve %s: %s", context.model_name, error)
             raise
         self.initialized = True
+        _quieten_worker()
         logger.info("ready: %s", json.dumps(self._summary()))
 
     def _load(self, context: Any) -> None:
@@ -158,20 +166,36 @@ class VmapEnsembleHandler(BaseHandler):
         with self._phase("prepare"):
             check_architecture("the members", members.spec(), model)
             self.forward = EnsembleForward(model, members)
-            self.run = self.forward.loop if self.settings.execution == "reference" else self.forward
         self.class_answers = ClassAnswers(
             self.settings, members.names, read_labels(self.folder) or self.default_labels()
         )
+        with self._phase("execution"):
+            self._choose_execution(config)
         self._prove()
 
+    def _choose_execution(self, config: dict[str, Any]) -> None:
+        """Decide how the forward is run; batches of one and of the configured size are what is measured."""
+        sizes = sorted({1, int(config.get("batchSize") or 1)})
+        hashes = "".join(member.sha256 for member in self.forward.members.members)
+        options = ExecutionOptions(
+            budget_s=self.settings.execution_budget_s,
+            tolerance=self.settings.tolerance,
+            cache_dir=CACHE / "execution",
+            archive_sha=hashlib.sha256(f"{__version__} {self.settings.dtype} {hashes}".encode()).hexdigest(),
+        )
+        examples = [self.collate(self.sample_examples(size)) for size in sizes]
+        self.execution = build_execution(self.settings.execution, self.forward, examples, options)
+        for candidate in self.execution.candidates:
+            if candidate.refused:
+                self.metrics.record("EnsembleFallbacks", 1, f"{candidate.name} refused")
+        self.run = ChunkedRun(self.execution, len(self.forward.members.names), self.forward.part)
+
     def _prove(self) -> None:
-        examples = self.sample_examples(SAMPLE_BATCH)
+        args = self.collate(self.sample_examples(SAMPLE_BATCH))
         with self._phase("equivalence"), torch.inference_mode():
-            self.proof = prove_equal(self.forward, self.run, self.collate(examples), self.settings.tolerance)
+            self.proof = prove_equal(self.forward, self.run, args, self.settings.tolerance)
         for name in self.proof.not_finite:
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
-        with self._phase("first_forward"), torch.inference_mode():
-            self.run(*self.collate(examples))
 
     def _configure_torch(self, context: Any, config: dict[str, Any]) -> None:
         gpu = context.system_properties.get("gpu_id")
@@ -327,7 +351,9 @@ class VmapEnsembleHandler(BaseHandler):
         if batch:
             self.metrics.record("EnsembleForwardTime", forward_s)
             self.metrics.record("EnsembleBatchSize", batch)
-        self.metrics.record("EnsembleRespondTime", time.perf_counter() - predicted_at)
+        respond_s = time.perf_counter() - predicted_at
+        self.metrics.record("EnsembleRespondTime", respond_s)
+        self.phases_s.setdefault("first_request", parse_s + forward_s + respond_s)
 
     # --- describing --------------------------------------------------------------------------------------
 
@@ -350,10 +376,22 @@ class VmapEnsembleHandler(BaseHandler):
             "dtype": self.settings.dtype,
             "device": str(self.device),
             "threads": self.threads,
-            "execution": self.settings.execution,
+            "execution": {
+                "asked": self.settings.execution,
+                "serves": self.execution.name,
+                "reason": self.execution.reason,
+                "candidates": [asdict(candidate) for candidate in self.execution.candidates],
+            },
             "equivalence": asdict(self.proof),
             "load_s": {name: round(seconds, 3) for name, seconds in self.phases_s.items()},
         }
+
+
+def _quieten_worker() -> None:
+    """Drop the line that ts/protocol/otf_message_handler.py logs per batch: under load Java reads every one."""
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("vmap_ensemble", "ts.metrics"):  # metrics are log lines, too
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _where(error: Exception) -> str:

@@ -8,6 +8,8 @@ Tensors that all members share are passed unbatched, so vmap computes what depen
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,21 @@ class EnsembleForward:
     def member(self, index: int, *args: Any) -> Any:
         """Run one member alone, without vmap and without special rules: outputs (B, ...)."""
         return functional_call(self.model, self.member_state(index), args)
+
+    def part(self, start: int, stop: int) -> EnsembleForward:
+        """The vmapped forward of the members from `start` to `stop`, exclusive: views, nothing is copied."""
+        part = copy.copy(self)
+        stacked = {key: tensor[start:stop] for key, tensor in self._own.items()}
+        stacked.update({key: stacked[kept] for key, kept in self.members.ties.items() if kept in stacked})
+        part.members = dataclasses.replace(
+            self.members,
+            names=self.members.names[start:stop],
+            stacked=stacked,
+            members=self.members.members[start:stop],
+        )
+        part._own = {key: tensor for key, tensor in stacked.items() if key not in self.members.ties}
+        part._index = self._index[start:stop]
+        return part
 
     def loop(self, *args: Any) -> Any:
         """Run the members one after another: the reference that `__call__` must equal; (M, B, ...)."""

@@ -61,8 +61,13 @@ class Settings:
     float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", description="torch.set_float32_matmul_precision; `high` admits TF32 on a GPU."
     )
-    execution: Literal["eager", "reference"] = Field(
-        "eager", description="`eager`: one vmapped forward; `reference`: the plain loop, for debugging."
+    execution: Literal["auto", "eager", "prepared", "compiled", "cudagraph", "reference"] = Field(
+        "auto",
+        description="How the one forward is run: `auto` measures at load and keeps the fastest; `eager` vmap; "
+        "`prepared` convolutions; `compiled` by torch.compile; `cudagraph`; `reference`, the plain loop.",
+    )
+    execution_budget_s: float = Field(
+        10.0, ge=0, description="Seconds that `auto` may measure at load; the choice is cached for the next start."
     )
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Largest relative difference to the members' own forwards at load; per dtype."
