@@ -17,6 +17,7 @@ from vmap_ensemble.errors import EnsembleError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGE_PATH = REPOSITORY / "data" / "images" / "sample.jpg"
+MEMBER_DIR = REPOSITORY / "training" / "members" / "resnet"
 
 
 def make_subject(architecture: str) -> Subject:
@@ -42,6 +43,8 @@ def make_subject(architecture: str) -> Subject:
         to_probabilities=partial(torch.softmax, dim=-1),
         labels=weights.meta["categories"],
         image_path=IMAGE_PATH,
+        # What `python -m training.demo_resnet` writes, or your own: of resnet18, and no other network.
+        model_path=MEMBER_DIR if architecture == "resnet18" else None,
     )
 
 

@@ -106,9 +106,7 @@ def _perturb_tensor(key: str, value: Tensor, generator: torch.Generator) -> Tens
     return value + PERTURBATION * value.std(correction=0) * noise
 
 
-def gather_states(
-    subject: Subject, model_path: list[Path] | None, count: int
-) -> tuple[dict[str, State], str]:
+def gather_states(subject: Subject, model_path: list[Path] | None, count: int) -> tuple[dict[str, State], str]:
     """Get one state dict a member.
 
     Args:
@@ -122,8 +120,9 @@ def gather_states(
     Raises:
         MemberError: a checkpoint is missing or can't be read.
     """
-    if model_path is None and subject.model_path is not None and subject.model_path.is_dir():
-        model_path = [subject.model_path]
+    trained = subject.model_path
+    if model_path is None and trained is not None and trained.is_dir() and any(trained.iterdir()):
+        model_path = [trained]
     if model_path is None:
         states = {}
         for seed in range(count):

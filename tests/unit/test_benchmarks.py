@@ -107,9 +107,7 @@ def test_resnet_comparison_runs_on_perturbed_copies(tmp_path: Path, capsys) -> N
     torch.manual_seed(0)
     torch.save({"state_dict": resnet18().state_dict()}, tmp_path / "resnet.pth")
     file = tmp_path / "out.json"
-    assert (
-        resnet_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "resnet.pth"), "--json", str(file)]) == 0
-    )
+    assert resnet_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "resnet.pth"), "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert figures["network"] == "resnet18"
     assert figures["members"] == "resnet.pth and 1 perturbed copies"

@@ -187,9 +187,7 @@ def test_a_seed_gives_the_same_member_alone_or_among_others(tiny_data: Path, tmp
     arguments = ["--save-model", "--epochs", "1", "--threads", "1", "--data-dir", str(tiny_data)]
     mnist.main([*arguments, "--seed", "1", "--num-models", "2", "--output-dir", str(tmp_path / "two")])
     mnist.main([*arguments, "--seed", "2", "--num-models", "1", "--output-dir", str(tmp_path / "one")])
-    first, second = (
-        torch.load(tmp_path / folder / "mnist-seed2.pt", weights_only=True) for folder in ("two", "one")
-    )
+    first, second = (torch.load(tmp_path / folder / "mnist-seed2.pt", weights_only=True) for folder in ("two", "one"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -209,9 +207,7 @@ def test_accuracy_equals_a_plain_loop(tiny_data: Path) -> None:
     model = MnistNet().eval()
     right = 0
     with torch.no_grad():
-        for image, label in DataLoader(
-            list(zip(mnist_data.normalise(test.images), test.labels, strict=True))
-        ):
+        for image, label in DataLoader(list(zip(mnist_data.normalise(test.images), test.labels, strict=True))):
             right += int(model(image).argmax() == label)
     assert mnist.measure_accuracy(model, test) == pytest.approx(right / 32)
 
