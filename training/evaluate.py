@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from training.mnist import MEMBER_DIR, open_data, positive, predict_log_probabilities
 from training.mnist_data import DataError, Digits
+from vmap_ensemble.aggregate import ClassPrediction, combine_classes
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.members import read_state_dict
 from vmap_ensemble.mnist_net import MnistNet
@@ -85,36 +86,27 @@ def score(name: str, log_probabilities: Tensor, labels: Tensor) -> Score:
     )
 
 
-def combine_mean(log_probabilities: Tensor) -> Tensor:
-    """Average members' probabilities: (M, N, C) log-probabilities -> (N, C) log-probabilities."""
-    return log_probabilities.logsumexp(0) - torch.tensor(float(len(log_probabilities))).log()
+def combine(log_probabilities: Tensor) -> ClassPrediction:
+    """Combine the members as the handler does: (M, N, C) log-probabilities, equal weights."""
+    return combine_classes(log_probabilities, torch.ones(log_probabilities.shape[:2]))
 
 
-def measure_disagreement(log_probabilities: Tensor, labels: Tensor) -> Disagreement:
+def measure_disagreement(combined: ClassPrediction, labels: Tensor) -> Disagreement:
     """Relate the members' disagreement to the ensemble's errors.
 
     Args:
-        log_probabilities: (M, N, C) of the members.
+        combined: Of N images.
         labels: (N,) int64.
 
-    Source: Lakshminarayanan et al., Deep Ensembles, https://arxiv.org/abs/1612.01474;
-        mutual information = H[mean p] - mean H[p], https://arxiv.org/abs/1112.5745
+    Source: Lakshminarayanan et al., Deep Ensembles, https://arxiv.org/abs/1612.01474
     """
-    combined = combine_mean(log_probabilities)
-    information = _entropy(combined) - _entropy(log_probabilities).mean(0)
-    predicted = combined.argmax(1)
-    right = predicted == labels
+    information, right = combined.mutual_information, combined.ranking[:, 0] == labels
     return Disagreement(
         mutual_information=information.mean().item(),
         mutual_information_right=information[right].mean().item() if right.any() else None,
         mutual_information_wrong=information[~right].mean().item() if (~right).any() else None,
-        agreement=(log_probabilities.argmax(2) == predicted).float().mean().item(),
+        agreement=combined.agreement.mean().item(),
     )
-
-
-def _entropy(log_probabilities: Tensor) -> Tensor:
-    # clamp: exp(-inf) * -inf is nan, while p log p goes to 0
-    return -(log_probabilities.exp() * log_probabilities.clamp(min=-1e4)).sum(-1)
 
 
 def find_members(paths: list[Path]) -> list[Path]:
@@ -216,8 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     scores = [score(file.stem, output, test.labels) for file, output in zip(files, outputs, strict=True)]
-    scores.append(score("ensemble", combine_mean(outputs), test.labels))
-    found = measure_disagreement(outputs, test.labels)
+    combined = combine(outputs)
+    scores.append(score("ensemble", combined.probabilities.clamp_min(1e-38).log(), test.labels))
+    found = measure_disagreement(combined, test.labels)
     if options.markdown:
         print(format_markdown(scores, found))
     else:

@@ -251,15 +251,15 @@ def test_score_equals_hand_computed_values() -> None:
 
 
 @pytest.mark.parametrize("members", [1, 2, 5])
-def test_combine_mean_averages_probabilities(members: int) -> None:
+def test_combine_averages_probabilities(members: int) -> None:
     outputs = torch.randn(members, 4, 10, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-    torch.testing.assert_close(evaluate.combine_mean(outputs).exp(), outputs.exp().mean(0))
+    torch.testing.assert_close(evaluate.combine(outputs).probabilities, outputs.exp().mean(0))
 
 
 def test_disagreement_of_certain_opposites_is_ln_2() -> None:
     # two members: sure of different labels for image 0, of the same for image 1
     outputs = torch.tensor([[[0.0, -math.inf], [0.0, -math.inf]], [[-math.inf, 0.0], [0.0, -math.inf]]])
-    found = evaluate.measure_disagreement(outputs, torch.tensor([1, 0]))
+    found = evaluate.measure_disagreement(evaluate.combine(outputs), torch.tensor([1, 0]))
     assert found.mutual_information_wrong == pytest.approx(math.log(2))
     assert found.mutual_information_right == pytest.approx(0, abs=1e-6)
     assert found.mutual_information == pytest.approx(math.log(2) / 2)
