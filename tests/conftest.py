@@ -1,0 +1,125 @@
+"""Fixtures that turn state dicts into an unpacked archive, and request rows into a real handler's replies."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from ts.context import Context, RequestProcessor
+
+from mnist_handler import MnistHandler
+from vmap_ensemble.members import Manifest, Member, hash_file
+from vmap_ensemble.mnist_net import MnistNet
+
+
+def pytest_configure():
+    torch.set_num_threads(2)
+
+
+def write_archive(folder, states, settings=None, shared=None):
+    """Write an unpacked archive: members (and what they share), manifest, settings."""
+    folder = Path(folder)
+    (folder / "members").mkdir(parents=True, exist_ok=True)
+
+    def row(name, state):
+        path = folder / "members" / f"{name}.safetensors"
+        save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, path)
+        return Member(
+            name, f"members/{path.name}", hash_file(path), f"{name}.pt", path.stat().st_size, hash_file(path)
+        )
+
+    rows = tuple(row(name, state) for name, state in states.items())
+    manifest = Manifest(rows, row("shared", shared) if shared else None)
+    (folder / "members.json").write_text(manifest.to_json())
+    (folder / "setup_config.json").write_text(json.dumps({"name": "ens", **(settings or {})}))
+    return folder
+
+
+def seeded(build, seed):
+    """A model in eval mode whose parameters follow from the seed, and whose buffers are not the defaults."""
+    torch.manual_seed(seed)
+    model = build()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            with torch.no_grad():
+                buffer.copy_(torch.rand_like(buffer) + (0.5 if "var" in name else -0.5))
+    return model.eval()
+
+
+def real_context(folder, metrics=None, config=None):
+    """TorchServe's own context of a worker that has unpacked an archive."""
+    return Context("ens", str(folder), {}, 8, None, "0.12", metrics=metrics, model_yaml_config=config or {})
+
+
+def send(handler, rows, headers=None):
+    """Hand a batch to a handler as TorchServe does; [(status, JSON)]."""
+    context = handler.context
+    headers = headers or [{} for _ in rows]
+    context.request_processor = [RequestProcessor(dict(h)) for h in headers]
+    context.request_ids = {i: f"id{i}" for i in range(len(rows))}
+    texts = handler.handle(rows, context)
+    for text in texts:
+        text.encode("utf-8")  # the worker does; what fails there kills the whole batch
+    return [(context.get_response_status(i)[0], json.loads(text)) for i, text in enumerate(texts)]
+
+
+def encode(array, kind="PNG", **options):
+    """An image file's bytes."""
+    image = array if isinstance(array, Image.Image) else Image.fromarray(np.asarray(array, dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def make_archive(tmp_path):
+    return lambda states, settings=None, shared=None: write_archive(tmp_path / "ar", states, settings, shared)
+
+
+@pytest.fixture
+def make_context():
+    return real_context
+
+
+@pytest.fixture
+def ask():
+    return send
+
+
+@pytest.fixture
+def image_file():
+    return encode
+
+
+@pytest.fixture
+def make_model():
+    return seeded
+
+
+@pytest.fixture
+def make_mnist(make_archive):
+    """An initialised MNIST handler and its plain members."""
+
+    def make(count=3, settings=None, change=None, metrics=None, handler=MnistHandler, config=None):
+        models = {f"m{i}": seeded(MnistNet, i) for i in range(count)}
+        for name, model in models.items():
+            if change:
+                change(name, model)
+        folder = make_archive({name: model.state_dict() for name, model in models.items()}, settings)
+        served = handler()
+        served.initialize(real_context(folder, metrics, config))
+        return served, models
+
+    return make
+
+
+@pytest.fixture
+def digit():
+    """A random image of a digit's size, as a PNG file."""
+    return lambda seed=0: encode(np.random.default_rng(seed).integers(0, 256, (28, 28)))
