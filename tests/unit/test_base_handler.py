@@ -110,9 +110,7 @@ def test_kserve_v1_and_v2(make_mnist, ask):
     v2 = {
         "body": {
             "id": "7",
-            "inputs": [
-                {"name": "x", "shape": list(flat.shape), "datatype": "FP32", "data": flat.ravel().tolist()}
-            ],
+            "inputs": [{"name": "x", "shape": list(flat.shape), "datatype": "FP32", "data": flat.ravel().tolist()}],
             "parameters": {"top_k": 5},
         }
     }
