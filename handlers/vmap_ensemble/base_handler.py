@@ -271,9 +271,10 @@ class VmapEnsembleHandler(BaseHandler):
         """Describe and explain requests share the batch with predictions: decided per request."""
         flags = {str(k).lower(): v for k, v in headers.items()}
         if flags.get("describe") == "True":
-            return self.describe_handle()
+            return dump_json(self.describe_handle())
         if flags.get("explain") == "True":
-            return self.explain_request(read_request(row, headers))
+            # Serialised here, under the guard of this request: what can't be hurts no neighbour.
+            return dump_json(self.explain_request(read_request(row, headers)))
         return None
 
     def _parse_request(self, row: dict[str, Any], headers: dict[str, Any]) -> tuple[Request, list[Any]]:
@@ -313,7 +314,10 @@ class VmapEnsembleHandler(BaseHandler):
     @torch.inference_mode()
     def _forward_and_answer(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
         outputs = self.run(*self.collate(examples))
-        return self.answers(outputs, self._weights(options), options, examples)
+        answers = self.answers(outputs, self._weights(options), options, examples)
+        if len(answers) != len(examples):
+            raise ValueError(f"answers: expected one for each of {len(examples)} examples, got {len(answers)}")
+        return answers
 
     def _reply(self, request: Request, answers: list[Answer | RequestError]) -> str:
         for answer in answers:
@@ -344,7 +348,7 @@ class VmapEnsembleHandler(BaseHandler):
             self.context.set_response_status(reply.status, _phrase(reply.status), index)
             self.metrics.record("EnsembleRefusedRequests", 1, str(reply.status))
             return dump_json(error_body(reply))
-        return reply if isinstance(reply, str) else dump_json(reply)
+        return str(reply)
 
     def _record(self, batch: int, parse_s: float, forward_s: float, predicted_at: float) -> None:
         self.metrics.record("EnsembleParseTime", parse_s)

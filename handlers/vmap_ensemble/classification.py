@@ -82,7 +82,9 @@ class ClassAnswers:
             return RequestError(500, "no member gave a finite output for this input")
         top = list(zip(rows.top[b], rows.top_probabilities[b], strict=True))[: options.top_k or self.settings.top_k]
         if self.settings.response == "torchserve":
-            body: dict[str, Any] = {self.label(index): probability for index, probability in top}
+            # Labels may repeat (ImageNet has two cranes): from the last to the first, so that the larger stays.
+            body: dict[str, Any] = {self.label(index): probability for index, probability in top[::-1]}
+            body = dict(reversed(body.items()))
         else:
             ranked = [{"label": self.label(i), "index": i, "probability": p} for i, p in top]
             body = {
@@ -126,7 +128,8 @@ class _Rows:
     """A prediction as Python lists, moved from the device once per batch."""
 
     def __init__(self, prediction: ClassPrediction, top_k: int) -> None:
-        top = prediction.ranking[:, :top_k]
+        # A client's top_k may be larger than an int64.
+        top = prediction.ranking[:, : min(top_k, prediction.ranking.shape[-1])]
         member_top = prediction.member_probabilities.max(-1)
         self.top = top.tolist()
         self.top_probabilities = prediction.probabilities.gather(-1, top).tolist()

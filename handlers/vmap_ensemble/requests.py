@@ -62,7 +62,7 @@ def read_request(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request:
     plain = {str(k).lower(): v for k, v in headers.items() if isinstance(v, str)}
     payload, fields = _split_fields(row, headers, plain)
     if isinstance(payload, (bytes, bytearray, memoryview)):
-        payload = _decode_json_bytes(bytes(payload), _claims_json(headers, plain))
+        payload = _decode_json_bytes(bytes(payload), _claims_json(row, headers, plain))
     options: dict[str, Any] = {OPTION_HEADERS[k]: v for k, v in plain.items() if k in OPTION_HEADERS}
     options.update(fields)
     items: tuple[Any, ...] = (payload,)
@@ -115,9 +115,11 @@ def _text(value: Any) -> Any:
     return value
 
 
-def _claims_json(headers: Mapping[str, Any], plain: Mapping[str, str]) -> bool:
+def _claims_json(row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str]) -> bool:
     types = [plain.get("content-type", "")]
-    types += [v.get("content-type", "") for v in headers.values() if isinstance(v, Mapping)]
+    # Of the fields that may be the payload: an option sent as JSON says nothing of the image beside it.
+    kinds = [headers[k] for k in row if k not in OPTION_NAMES and isinstance(headers.get(k), Mapping)]
+    types += [str(kind.get("content-type", "")) for kind in kinds]
     return any("json" in kind.lower() for kind in types)
 
 
@@ -160,8 +162,13 @@ def kserve_v2_items(inputs: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not isinstance(data, list):
             raise RequestError(400, f"inputs.{name}.data: expected a list, got {type(data).__name__}")
         shape = tensor.get("shape") or [len(data)]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-            raise RequestError(400, f"inputs.{name}.shape: expected a list of sizes")
+        # A size of 0 beside a huge one would multiply to nothing and still be nested.
+        if not isinstance(shape, list) or not all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape
+        ):
+            raise RequestError(400, f"inputs.{name}.shape: expected a list of sizes of at least 1")
+        if name in columns:
+            raise RequestError(400, f"inputs.{name}: expected one input of this name, got several")
         columns[name] = _rows(data, [int(n) for n in shape], name)
     lengths = {len(rows) for rows in columns.values()}
     if len(lengths) > 1:
@@ -173,8 +180,10 @@ def kserve_v2_items(inputs: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _rows(data: list[Any], shape: list[int], name: str) -> list[Any]:
     flat = data
-    while flat and isinstance(flat[0], list):
-        flat = [value for row in flat if isinstance(row, list) for value in row]
+    while any(isinstance(row, list) for row in flat):
+        if not all(isinstance(row, list) for row in flat):
+            raise RequestError(400, f"inputs.{name}.data: expected values or lists, got both side by side")
+        flat = [value for row in flat for value in row]
     if math.prod(shape) != len(flat):
         raise RequestError(400, f"inputs.{name}: {len(flat)} values don't fill shape {shape}")
 
@@ -264,4 +273,6 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 def dump_json(reply: Any) -> str:
     """Serialise a reply, strictly: NaN and unknown types raise ValueError or TypeError."""
-    return json.dumps(reply, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(reply, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate that a reply quotes from its request would fail in the worker, with the whole batch.
+    return text.encode("utf-8", "replace").decode("utf-8")

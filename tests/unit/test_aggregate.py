@@ -24,12 +24,8 @@ def test_mean_probability_and_uncertainty(members):
     torch.testing.assert_close(p.probabilities, mixture.probs)
     torch.testing.assert_close(p.predictive_entropy, mixture.entropy())
     torch.testing.assert_close(p.expected_entropy, own.entropy().mean(0))
-    torch.testing.assert_close(
-        p.mutual_information, mixture.entropy() - own.entropy().mean(0), atol=1e-5, rtol=1e-4
-    )
-    torch.testing.assert_close(
-        p.agreement, (own.probs.argmax(-1) == mixture.probs.argmax(-1)).float().mean(0)
-    )
+    torch.testing.assert_close(p.mutual_information, mixture.entropy() - own.entropy().mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(p.agreement, (own.probs.argmax(-1) == mixture.probs.argmax(-1)).float().mean(0))
     assert torch.equal(p.ranking, mixture.probs.argsort(descending=True))
 
 
@@ -47,9 +43,7 @@ def test_mean_logit_is_the_geometric_mean(members):
     logits = noise(members)
     expected = logits.softmax(-1).prod(0) ** (1 / members)
     expected /= expected.sum(-1, keepdim=True)
-    torch.testing.assert_close(
-        combine_classes(logits, torch.ones(members, 4), "mean_logit").probabilities, expected
-    )
+    torch.testing.assert_close(combine_classes(logits, torch.ones(members, 4), "mean_logit").probabilities, expected)
 
 
 def test_weights_and_temperature():
