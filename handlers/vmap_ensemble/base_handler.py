@@ -20,7 +20,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from ts.torch_handler.base_handler import BaseHandler
@@ -38,12 +37,11 @@ from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
 from vmap_ensemble.proof import Proof, prove_equal
 from vmap_ensemble.requests import Options, Request, dump_json, error_body, read_request, wrap_answers
+from vmap_ensemble.runtime import configure_torch, quieten_worker, seconds_since_process_start
 from vmap_ensemble.settings import Settings, load_settings
-from vmap_ensemble.threads import cores_at_hand, threads_per_worker
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAMPLE_BATCH = 2
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmap-ensemble"
 
@@ -141,14 +139,14 @@ class VmapEnsembleHandler(BaseHandler):
         """
         self.context = context
         self.manifest = context.manifest
-        self.phases_s: dict[str, float] = {"import": _seconds_since_process_start()}
+        self.phases_s: dict[str, float] = {"import": seconds_since_process_start()}
         try:
             self._load(context)
         except EnsembleError as error:
             logger.error("cannot serve %s: %s", context.model_name, error)
             raise
         self.initialized = True
-        _quieten_worker()
+        quieten_worker()
         logger.info("ready: %s", json.dumps(self._summary()))
 
     def _load(self, context: Any) -> None:
@@ -156,10 +154,15 @@ class VmapEnsembleHandler(BaseHandler):
         config = context.model_yaml_config or {}
         with self._phase("settings"):
             self.settings = load_settings(self.folder, self.settings_class, config.get("handler"))
-            self._configure_torch(context, config)
+            gpu_id = context.system_properties.get("gpu_id")
+            runtime = configure_torch(self.settings, gpu_id, config)
+            self.device, self.dtype, self.threads = runtime.device, runtime.dtype, runtime.threads
             self.metrics = Metrics(context.metrics, context.model_name)
         with self._phase("build"):
             model = self.build_model()
+        with self._phase("read"):
+            self.archive = read_manifest(self.folder)
+        # The files are mapped: their bytes are read while they are stacked.
         with self._phase("stack"):
             members = load_members(self.folder, self.device, self.dtype)
         self.member_weights = self._read_weights(members)
@@ -196,17 +199,6 @@ class VmapEnsembleHandler(BaseHandler):
             self.proof = prove_equal(self.forward, self.run, args, self.settings.tolerance)
         for name in self.proof.not_finite:
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
-
-    def _configure_torch(self, context: Any, config: dict[str, Any]) -> None:
-        gpu = context.system_properties.get("gpu_id")
-        default = f"cuda:{gpu}" if torch.cuda.is_available() and gpu is not None else "cpu"
-        self.device = torch.device(self.settings.device or default)
-        self.dtype = DTYPES[self.settings.dtype]
-        self.threads = self.settings.threads or threads_per_worker(config, cores_at_hand())
-        torch.set_num_threads(self.threads)
-        # TorchServe's base handler turns TF32 on at import on Ampere and later; the settings decide here.
-        torch.set_float32_matmul_precision(self.settings.float32_matmul_precision)
-        torch.backends.cudnn.allow_tf32 = self.settings.float32_matmul_precision != "highest"
 
     def _read_weights(self, members: StackedMembers) -> Tensor:
         """(M, 1) weights of the members."""
@@ -366,7 +358,7 @@ class VmapEnsembleHandler(BaseHandler):
         labels = self.class_answers.labels
         return {
             **self._summary(),
-            "members": [asdict(member) for member in read_manifest(self.folder).members],
+            "members": [asdict(member) for member in self.archive.members],
             "settings": {k: v for k, v in asdict(self.settings).items() if v is not None},
             "labels": [labels[index] for index in sorted(labels)],
         }
@@ -391,23 +383,12 @@ class VmapEnsembleHandler(BaseHandler):
         }
 
 
-def _quieten_worker() -> None:
-    """Drop the line that ts/protocol/otf_message_handler.py logs per batch: under load Java reads every one."""
-    logging.getLogger().setLevel(logging.WARNING)
-    for name in ("vmap_ensemble", "ts.metrics"):  # metrics are log lines, too
-        logging.getLogger(name).setLevel(logging.INFO)
-
-
 def _where(error: Exception) -> str:
     """Type and innermost frames of an error, without its text, which may quote the request."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     return f"{type(error).__name__} in " + " < ".join(
         f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)
     )
-
-
-def _seconds_since_process_start() -> float:
-    return time.time() - psutil.Process().create_time()
 
 
 def _phrase(status: int) -> str:

@@ -1,0 +1,55 @@
+"""Turns settings and TorchServe's context into the device, dtype and threads that a worker runs with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from vmap_ensemble.settings import Settings
+from vmap_ensemble.threads import cores_at_hand, threads_per_worker
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a worker computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+
+
+def configure_torch(settings: Settings, gpu_id: int | None, model_config: Mapping[str, Any]) -> Runtime:
+    """Set torch's threads and float32 precision for this process, and tell device and dtype.
+
+    Args:
+        settings: The archive's settings.
+        gpu_id: The GPU that TorchServe gave this worker, or None.
+        model_config: The model-config yaml.
+    """
+    default = f"cuda:{gpu_id}" if torch.cuda.is_available() and gpu_id is not None else "cpu"
+    threads = settings.threads or threads_per_worker(model_config, cores_at_hand())
+    torch.set_num_threads(threads)
+    # TorchServe's base handler turns TF32 on at import on Ampere and later; the settings decide here.
+    torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = settings.float32_matmul_precision != "highest"
+    return Runtime(torch.device(settings.device or default), DTYPES[settings.dtype], threads)
+
+
+def quieten_worker() -> None:
+    """Drop the line that ts/protocol/otf_message_handler.py logs per batch: under load Java reads every one."""
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("vmap_ensemble", "ts.metrics"):  # metrics are log lines, too
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process: at the start of loading, what the interpreter and its imports took."""
+    return time.time() - psutil.Process().create_time()
