@@ -33,8 +33,14 @@ class ResNetHandler(ImageEnsembleHandler):
 
     @functools.cached_property
     def preset(self) -> Any:
-        """The transform that belongs to the weights: resize, crop, normalise."""
-        return self.weights.transforms()
+        """The transform that belongs to the weights: resize, crop, normalise; to the settings' size if given."""
+        preset = self.weights.transforms()
+        if self.settings.input_shape is None:
+            return preset
+        height, width = self.settings.input_shape[1:]
+        ratio = preset.resize_size[0] / preset.crop_size[0]
+        preset.crop_size, preset.resize_size = [height, width], [round(max(height, width) * ratio)]
+        return preset
 
     @property
     def short_side(self) -> int:  # type: ignore[override]
@@ -43,9 +49,9 @@ class ResNetHandler(ImageEnsembleHandler):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(3, crop, crop) of the transform, unless the settings say otherwise."""
-        side = int(self.preset.crop_size[0])
-        return self.settings.input_shape or (3, side, side)
+        """(3, height, width) that the transform crops to."""
+        sides = [int(side) for side in self.preset.crop_size]
+        return (3, *(sides if len(sides) == 2 else sides * 2))
 
     def transform(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into a normalised (3, crop, crop) float32 tensor."""

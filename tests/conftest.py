@@ -23,7 +23,7 @@ def pytest_configure():
 
 
 def write_archive(folder, states, settings=None, shared=None):
-    """Write an unpacked archive: members (and what they share), manifest, settings."""
+    """Write an unpacked archive: members (and what they share), manifest, settings; not measured but eager."""
     folder = Path(folder)
     (folder / "members").mkdir(parents=True, exist_ok=True)
 
@@ -37,7 +37,7 @@ def write_archive(folder, states, settings=None, shared=None):
     rows = tuple(row(name, state) for name, state in states.items())
     manifest = Manifest(rows, row("shared", shared) if shared else None)
     (folder / "members.json").write_text(manifest.to_json())
-    (folder / "setup_config.json").write_text(json.dumps({"name": "ens", **(settings or {})}))
+    (folder / "setup_config.json").write_text(json.dumps({"name": "ens", "execution": "eager", **(settings or {})}))
     return folder
 
 

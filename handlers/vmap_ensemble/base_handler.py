@@ -274,7 +274,9 @@ class VmapEnsembleHandler(BaseHandler):
         unknown = sorted(set(request.options.subset or ()) - set(self.forward.members.names))
         if unknown:
             known = ", ".join(self.forward.members.names)
-            raise RequestError(422, f"subset: unknown member '{unknown[0]}'; known: {known}")
+            raise RequestError(422, f"subset: unknown member '{unknown[0][:80]}'; known: {known}")
+        if not self._weights([request.options]).any():
+            raise RequestError(422, "subset: the settings give its members no weight")
         return request, [self.parse(item) for item in request.items]
 
     def _weights(self, options: Sequence[Options]) -> Tensor:

@@ -57,7 +57,7 @@ class EnsembleForward:
         # vmap wraps every dict entry anew, so a tied key would no longer be the tensor that it is tied to:
         # one entry per tensor goes in, and the ties are joined inside.
         self._own = {key: tensor for key, tensor in members.stacked.items() if key not in members.ties}
-        _drop_own_tensors(model, set(members.stacked) | set(members.shared), _device_of(members))
+        _drop_own_tensors(model, members)
         # vmap wants at least one batched argument, which N equal members don't have.
         self._index = torch.arange(len(members.names), device=_device_of(members))
 
@@ -119,8 +119,15 @@ def _device_of(members: StackedMembers) -> torch.device:
     raise LoadError("the members hold no tensors; expected at least one parameter or buffer")
 
 
-def _drop_own_tensors(model: nn.Module, filled: set[str], device: torch.device) -> None:
-    """Replace what the members fill by meta tensors (ties kept), and move what they don't to the device."""
+def _float_dtype_of(members: StackedMembers) -> torch.dtype | None:
+    tensors = (*members.stacked.values(), *members.shared.values())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def _drop_own_tensors(model: nn.Module, members: StackedMembers) -> None:
+    """Replace what the members fill by meta tensors (ties kept); what they don't goes to their device and dtype."""
+    filled = set(members.stacked) | set(members.shared)
+    device, dtype = _device_of(members), _float_dtype_of(members)
     replaced: dict[int, nn.Parameter | Tensor] = {}
     by_id: dict[int, list[str]] = {}
     for name, tensor in _named_tensors(model):
@@ -132,7 +139,7 @@ def _drop_own_tensors(model: nn.Module, filled: set[str], device: torch.device) 
         if not filled.intersection(by_id[id(tensor)]):
             if is_parameter or key not in owner._non_persistent_buffers_set:
                 raise LoadError(f"no member holds '{name}', which the architecture has; check the checkpoints")
-            owner._buffers[key] = tensor.to(device)
+            owner._buffers[key] = tensor.to(device, dtype if tensor.is_floating_point() else None)
             continue
         if id(tensor) not in replaced:
             empty = torch.empty_like(tensor, device="meta")

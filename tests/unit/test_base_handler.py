@@ -291,5 +291,14 @@ def test_wrong_weights_are_refused(make_mnist):
 
 def test_archive_whose_proof_fails_is_not_served(make_mnist, caplog):
     with pytest.raises(LoadError, match="m0"):
-        make_mnist(2, {"tolerance": 1e-30})
+        make_mnist(2, {"tolerance": 1e-30, "execution": "eager"})
     assert "cannot serve ens" in caplog.text
+
+
+def test_a_subset_without_weight_is_refused_alone(make_mnist, ask):
+    handler, _ = make_mnist(2, {"weights": {"m0": 0.0, "m1": 1.0}})
+    rows = [{"body": digit()}, {"body": digit()}]
+    replies = ask(handler, rows, [{"x-ensemble-subset": "m0"}, {}])
+    assert replies[0][0] == 422
+    assert "no weight" in replies[0][1]["error"]["message"]
+    assert replies[1][0] == 200

@@ -37,3 +37,14 @@ def test_unknown_transforms_are_refused(make_archive, make_context, make_model):
     folder = make_archive({"a": state}, {"transforms": "Nothing.V1", "num_classes": 3})
     with pytest.raises(SettingsError, match=r"transforms: expected .* got 'Nothing\.V1'"):
         ResNetHandler().initialize(make_context(folder))
+
+
+def test_images_are_brought_to_the_settings_input_shape(make_archive, make_context, make_model, ask, image_file):
+    state = make_model(lambda: torchvision.models.resnet18(num_classes=3), 0).state_dict()
+    folder = make_archive({"a": state}, {"input_shape": [3, 48, 64], "num_classes": 3})
+    handler = ResNetHandler()
+    handler.initialize(make_context(folder))
+    photo = image_file(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8))
+    replies = ask(handler, [{"body": photo}, {"body": np.zeros((3, 48, 64)).tolist()}])
+    assert handler.parse(photo).shape == (3, 48, 64)
+    assert [status for status, _ in replies] == [200, 200]
