@@ -46,7 +46,9 @@ class Settings:
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Weight of each member by name; equal by default."
     )
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax.")
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax."
+    )
     top_k: PositiveInt = Field(5, description="Number of labels in an answer; at most the number of classes.")
     abstain_below_probability: Probability | None = Field(
         None, description="Answers with a lower probability say `abstain`."

@@ -295,7 +295,7 @@ def test_archive_whose_proof_fails_is_not_served(make_mnist, caplog):
     assert "cannot serve ens" in caplog.text
 
 
-def test_a_subset_without_weight_is_refused_alone(make_mnist, ask):
+def test_a_subset_without_weight_is_refused_alone(make_mnist, ask, digit):
     handler, _ = make_mnist(2, {"weights": {"m0": 0.0, "m1": 1.0}})
     rows = [{"body": digit()}, {"body": digit()}]
     replies = ask(handler, rows, [{"x-ensemble-subset": "m0"}, {}])
