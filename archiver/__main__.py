@@ -24,7 +24,8 @@ from vmap_ensemble.errors import ArchiveError, EnsembleError
 
 EPILOG = """\
 members:
-  files (.pt .pth .bin .safetensors), folders, 'globs', torchvision:ResNet50_Weights.IMAGENET1K_V1
+  files (.pt .pth .bin .safetensors), directories of save_pretrained, folders of either, 'globs',
+  torchvision:ResNet50_Weights.IMAGENET1K_V1
 
 examples:
   ./archive.sh --list
@@ -50,6 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--members", nargs="+", metavar="M", help="checkpoints, instead of the block's")
     add("--handler", metavar="FILE", help="handler file, in the working directory or in handlers/")
     add("--model-file", metavar="FILE", help="model.py with the nn.Module class of an own architecture")
+    add("--pretrained", metavar="DIR", help="config.json and tokenizer, where the members don't bring them")
     add("--all", action="store_true", help="build every block")
     add("--force", action="store_true", help="replace an archive that exists")
     add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
@@ -61,8 +63,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if sum(map(bool, (options.name, options.all, options.check, options.list))) != 1:
         parser.error("expected exactly one of NAME..., --all, --check, --list")
-    if len(options.name) != 1 and (options.members or options.handler or options.model_file):
-        parser.error("--members, --handler and --model-file go with exactly one NAME")
+    single = (options.members, options.handler, options.model_file, options.pretrained)
+    if len(options.name) != 1 and any(single):
+        parser.error("--members, --handler, --model-file and --pretrained go with exactly one NAME")
     if options.check and len(options.check) > 2:
         parser.error("--check takes an archive and at most one input")
     return options
@@ -110,6 +113,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             handler=options.handler,
             model_file=options.model_file,
             allow_nan=options.allow_nan,
+            pretrained=options.pretrained,
         )
         build_archive(request, options.output, options.force, console)
     return 0

@@ -16,7 +16,10 @@ from vmap_ensemble.errors import ArchiveError
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Keys that only the archiver reads; all others are the handler's settings and go into the archive.
-ARCHIVER_KEYS = ("members", "labels", "model_config", "extra_files", "model_file", "version", "allow_nan")
+ARCHIVER_KEYS = (
+    *("members", "labels", "model_config", "extra_files", "model_file", "version", "allow_nan"),
+    *("pretrained", "library_path"),
+)
 
 MemberSpecs = list[str] | dict[str, str]
 
@@ -36,6 +39,10 @@ class ArchiveRequest:
     extra_files: tuple[Path, ...] = ()
     version: str = "1.0"
     allow_nan: bool = False
+    # Brings config.json and the tokenizer where the members don't.
+    pretrained: Path | None = None
+    # The library that traced members call.
+    library_path: Path | None = None
 
 
 def read_blocks(path: Path) -> dict[str, dict[str, Any]]:
@@ -67,6 +74,7 @@ def make_request(
     handler: str | None = None,
     model_file: str | None = None,
     allow_nan: bool = False,
+    pretrained: str | None = None,
 ) -> ArchiveRequest:
     """Join one block with the command line, which wins.
 
@@ -74,7 +82,8 @@ def make_request(
         name: Name of the archive.
         blocks: What `read_blocks` returned; the block may be absent when handler and members are given.
         folder: Where paths inside the block start: the folder of setup_config.json.
-        members, handler, model_file, allow_nan: From the command line; paths start at the working directory.
+        members, handler, model_file, allow_nan, pretrained: From the command line; paths start at the
+            working directory.
 
     Raises:
         ArchiveError: The name is not allowed, or something that an archive needs is missing.
@@ -105,6 +114,8 @@ def make_request(
         extra_files=tuple(folder / item for item in extra),
         version=str(given.get("version", "1.0")),
         allow_nan=allow_nan or bool(given.get("allow_nan", False)),
+        pretrained=Path(pretrained).absolute() if pretrained else _path(name, given, "pretrained", folder),
+        library_path=_path(name, given, "library_path", folder),
     )
 
 

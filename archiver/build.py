@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from archiver.blocks import ArchiveRequest
-from archiver.handler_facts import check_block, load_handler
+from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.pack import pack_archive, settings_of, target_path
-from archiver.report import show_archive, show_survey
-from archiver.resolve import resolve_members
-from archiver.survey import survey_members
+from archiver.pretrained import check_num_labels, choose_pretrained, stage_pretrained
+from archiver.report import show_archive, show_survey, show_traced
+from archiver.resolve import Source, resolve_members
+from archiver.survey import Survey, survey_members
+from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
+from vmap_ensemble.architecture import TRANSFORMERS
 from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.pretrained import PRETRAINED_FOLDER
 
 Step = Callable[[str], None]
 
@@ -42,29 +48,62 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
             raise ArchiveError(f"'{request.name}': {path.name}: no such file")
     handler = load_handler(request.handler)
     check_block(request.settings, handler, f"setup_config.json, block '{request.name}'")
-    request = _with_architecture(request, handler.default_architecture)
+    with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
+        return _build(request, handler, Path(scratch), target, console)
+
+
+def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: Path, console: Console) -> Path:
     sources = resolve_members(request.members, request.folder)
-    with _progress(console, f"check {request.name}", 2 * len(sources) + 1) as step:
-        survey = survey_members(
-            sources,
-            str(request.settings.get("architecture", "")),
-            request.settings.get("num_classes"),
-            request.model_file.parent if request.model_file else None,
-            request.allow_nan,
-            step,
-        )
-    check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
-    show_survey(console, request.name, survey)
+    pretrained = choose_pretrained(sources, request.pretrained)
+    if pretrained is not None:
+        root = stage_pretrained(pretrained, scratch / "root")
+        check_num_labels(request.settings.get("num_labels"), root)
+        request = dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
+    survey: Survey | TracedMembers
+    if is_traced(request.settings):
+        survey = _survey_traced(request, sources, scratch, console)
+    else:
+        request = _with_architecture(request, handler)
+        survey = _survey(request, sources, console)
+        check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
+        show_survey(console, request.name, survey)
     with _progress(console, f"pack {request.name}", len(sources) + 2) as step:
         manifest = pack_archive(request, survey, target, step)
     show_archive(console, target, manifest)
     return target
 
 
-def _with_architecture(request: ArchiveRequest, default: str) -> ArchiveRequest:
-    if request.settings.get("architecture") or not default:
+def _with_architecture(request: ArchiveRequest, handler: type[Any]) -> ArchiveRequest:
+    where = f"setup_config.json, block '{request.name}'"
+    architecture = architecture_of(handler, request.settings, where)
+    if not architecture:
         return request
-    return dataclasses.replace(request, settings={**request.settings, "architecture": default})
+    return dataclasses.replace(request, settings={**request.settings, "architecture": architecture})
+
+
+def _survey(request: ArchiveRequest, sources: list[Source], console: Console) -> Survey:
+    architecture = str(request.settings.get("architecture", ""))
+    folder = request.model_file.parent if request.model_file else None
+    if architecture.startswith(TRANSFORMERS) and request.pretrained is not None:
+        folder = request.pretrained.parent
+    with _progress(console, f"check {request.name}", 2 * len(sources) + 1) as step:
+        num_classes = request.settings.get("num_classes")
+        return survey_members(sources, architecture, num_classes, folder, request.allow_nan, step)
+
+
+def _survey_traced(
+    request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console
+) -> TracedMembers:
+    if request.pretrained is None:
+        raise ArchiveError(
+            f"'{request.name}': traced members bring no config.json and no tokenizer; name the directory that they "
+            "were traced from in the key 'pretrained' (--pretrained DIR)"
+        )
+    with _progress(console, f"check {request.name}", len(sources) + 2) as step:
+        step("trace")
+        traced = survey_traced(request, trace_directories(request, sources, scratch), step)
+    show_traced(console, request.name, traced)
+    return traced
 
 
 @contextmanager

@@ -64,6 +64,13 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
+def architecture_of(handler: type[Any], settings: Mapping[str, Any], where: str) -> str:
+    """The architecture that a handler builds with these settings; text handlers make it from their mode."""
+    instance = handler()
+    instance.settings = parse_settings(settings, handler.settings_class, where)
+    return str(instance.architecture)
+
+
 def check_block(block: Mapping[str, Any], handler: type[Any], where: str) -> None:
     """Check a block as the worker will, so that a wrong key is found here and not at load.
 

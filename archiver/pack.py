@@ -20,14 +20,16 @@ from torch import Tensor
 from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
+from archiver.traced import TracedMembers, copy_traced
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.members import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, Member, hash_file
+from vmap_ensemble.pretrained import PRETRAINED_FOLDER
 from vmap_ensemble.settings import SETTINGS_FILE
 
 PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
-RESERVED_NAMES = (SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, "MAR-INF")
+RESERVED_NAMES = (SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, "MAR-INF")
 ARCHIVER_TIMEOUT_S = 1800
 
 Step = Callable[[str], None]
@@ -51,7 +53,7 @@ def target_path(output: Path, name: str, force: bool) -> Path:
     return target
 
 
-def pack_archive(request: ArchiveRequest, survey: Survey, target: Path, step: Step) -> Manifest:
+def pack_archive(request: ArchiveRequest, survey: Survey | TracedMembers, target: Path, step: Step) -> Manifest:
     """Build the archive beside its target and move it there in one step.
 
     Args:
@@ -69,7 +71,7 @@ def pack_archive(request: ArchiveRequest, survey: Survey, target: Path, step: St
             manifest = _stage(request, survey, stage, step)
             step("pack")
             built = _run_archiver(request, stage, work)
-            _verify(built, manifest)
+            _verify(built, stage)
             os.replace(built, target)
         except OSError as error:
             raise ArchiveError(f"{target.name}: can't be written ({error})") from None
@@ -92,17 +94,20 @@ def _private_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _stage(request: ArchiveRequest, survey: Survey, stage: Path, step: Step) -> Manifest:
+def _stage(request: ArchiveRequest, survey: Survey | TracedMembers, stage: Path, step: Step) -> Manifest:
     """Lay out the root of the archive; torch-model-archiver copies a folder's contents, folders included."""
     (stage / MEMBERS_FOLDER).mkdir(parents=True)
     shutil.copytree(HANDLERS / PACKAGE, stage / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    settings = settings_of(request, survey.num_classes)
+    settings = settings_of(request, None if isinstance(survey, TracedMembers) else survey.num_classes)
     (stage / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if request.labels is not None:
         shutil.copyfile(request.labels, stage / LABELS_FILE)
     for path in (*request.extra_files, *((request.model_file,) if request.model_file else ())):
         _copy_extra(path, stage, request)
-    manifest = _write_members(survey, stage, step)
+    if request.pretrained is not None:
+        shutil.copytree(request.pretrained, stage / PRETRAINED_FOLDER)
+    write = copy_traced if isinstance(survey, TracedMembers) else _write_members
+    manifest = write(survey, stage, step)  # type: ignore[arg-type]
     (stage / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -168,11 +173,11 @@ def _run_archiver(request: ArchiveRequest, stage: Path, work: Path) -> Path:
     return work / f"{request.name}.mar"
 
 
-def _verify(built: Path, manifest: Manifest) -> None:
+def _verify(built: Path, stage: Path) -> None:
     """Count what torch-model-archiver packed: it flattens and skips files in silence."""
     with zipfile.ZipFile(built) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
-    wanted = {row.file: row.size_bytes for row in manifest.files()}
+    wanted = {path.relative_to(stage).as_posix(): path.stat().st_size for path in stage.rglob("*") if path.is_file()}
     wrong = [file for file, size in wanted.items() if sizes.get(file) != size]
-    if wrong or f"{PACKAGE}/__init__.py" not in sizes:
-        raise ArchiveError(f"torch-model-archiver left out {', '.join(wrong) or PACKAGE}")
+    if wrong:
+        raise ArchiveError(f"torch-model-archiver left out {', '.join(wrong)}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from archiver.survey import DTYPES, Survey
+from archiver.traced import TracedMembers
 from vmap_ensemble.members import Manifest, hash_file
 
 SHORT = 12
@@ -15,12 +17,7 @@ SHORT = 12
 
 def show_survey(console: Console, name: str, survey: Survey) -> None:
     """Before packing: members, what they share, and the memory of the stack."""
-    table = Table(title=f"{name}: {len(survey.sources)} members", title_justify="left")
-    for column in ("member", "source", "size", "SHA-256"):
-        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
-    for source, digest in zip(survey.sources, survey.hashes, strict=True):
-        table.add_row(source.name, source.shown, show_bytes(source.path.stat().st_size), digest[:SHORT])
-    console.print(table)
+    _show_sources(console, name, survey)
     kept = survey.kept_keys()
     shared = [key for key in kept if key in survey.shared]
     console.print(
@@ -29,10 +26,34 @@ def show_survey(console: Console, name: str, survey: Survey) -> None:
     )
     sizes = ", ".join(f"{dtype} {show_bytes(survey.stacked_bytes(DTYPES[dtype]))}" for dtype in DTYPES)
     console.print(f"memory when stacked: {sizes}")
+    if survey.left_out:
+        console.print(f"left out, since the architecture has no use for them: {_few(survey.left_out)}", markup=False)
     if not survey.architecture_checked:
         console.print("no architecture is named: the handler checks the members against its own at load")
     if len(survey.states) > 1 and not survey.own_keys():
         console.print("[yellow]all members are identical: the ensemble says what one of them says[/yellow]")
+
+
+def show_traced(console: Console, name: str, traced: TracedMembers) -> None:
+    """Before packing: traced members and their library."""
+    _show_sources(console, name, traced)
+    size = show_bytes(traced.library.stat().st_size)
+    console.print(f"library: {traced.library_name}, {size}", markup=False, highlight=False)
+    console.print("traced members are not loaded here: the handler checks them at load, ./archive.sh --check now")
+
+
+def _show_sources(console: Console, name: str, survey: Survey | TracedMembers) -> None:
+    table = Table(title=f"{name}: {len(survey.sources)} members", title_justify="left")
+    for column in ("member", "source", "size", "SHA-256"):
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+    for source, digest in zip(survey.sources, survey.hashes, strict=True):
+        table.add_row(source.name, source.shown, show_bytes(source.path.stat().st_size), digest[:SHORT])
+    console.print(table)
+
+
+def _few(keys: Sequence[str], shown: int = 6) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
 
 
 def show_archive(console: Console, path: Path, manifest: Manifest) -> None:

@@ -1,4 +1,6 @@
-"""Turns what a user calls a member (a file, folder, glob, torchvision name) into named checkpoint files."""
+"""Turns what a user calls a member (a file, a Hugging Face directory, a folder of either, a glob, a name of
+torchvision's weights) into named checkpoint files.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,14 @@ import difflib
 import glob
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
+from archiver.pretrained import find_weights
 from vmap_ensemble.checkpoints import SUFFIXES
 from vmap_ensemble.errors import ArchiveError
 
@@ -28,19 +31,38 @@ class NetworkError(ArchiveError):
 
 @dataclass(frozen=True)
 class Source:
-    """One member before it is packed: its name, its file, and how it is shown (never an absolute path)."""
+    """One member before it is packed.
+
+    Attributes:
+        name: Of the member.
+        path: The file of its weights.
+        shown: What errors and the manifest call it; never an absolute path.
+        folder: The directory that save_pretrained wrote, where the member is one.
+    """
 
     name: str
     path: Path
     shown: str
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a spec stands for: the file, what names come from, how it is shown, the Hugging Face directory."""
+
+    path: Path
+    naming: Path
+    shown: str
+    folder: Path | None = None
 
 
 def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list[Source]:
     """Find the checkpoint of every member and give each a name.
 
     Args:
-        specs: Files, folders (every checkpoint directly inside), globs, or
-            `torchvision:ResNet50_Weights.IMAGENET1K_V1`; or name -> one of these that stands for one file.
+        specs: Files, directories of save_pretrained, folders (every checkpoint or every such directory
+            directly inside), globs, or `torchvision:ResNet50_Weights.IMAGENET1K_V1`; or name -> one of these
+            that stands for one member.
         folder: Where relative paths start.
 
     Returns:
@@ -55,11 +77,16 @@ def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list
     found = [item for spec in specs for item in _expand(spec, folder)]
     if not found:
         raise ArchiveError("no members: expected at least one checkpoint; give --members or the key 'members'")
-    twice = [path for path, count in Counter(path.resolve() for path, _ in found).items() if count > 1]
+    counts = Counter(item.path.resolve() for item in found)
+    twice = [item for item in found if counts[item.path.resolve()] > 1]
     if twice:
-        raise ArchiveError(f"member '{twice[0].name}' is given twice; name both to keep them: {{name: path}}")
-    names = unique_names([Path(shown) if shown else path for path, shown in found])
-    return [Source(name, path, shown or _shown(path)) for name, (path, shown) in zip(names, found, strict=True)]
+        raise ArchiveError(f"member '{twice[0].naming.name}' is given twice; name both to keep them: {{name: path}}")
+    names = unique_names([item.naming for item in found])
+    return [_source(name, item) for name, item in zip(names, found, strict=True)]
+
+
+def _source(name: str, item: _Found) -> Source:
+    return Source(name, item.path, item.shown, item.folder)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -120,30 +147,52 @@ def _named(name: str, spec: str, folder: Path) -> Source:
     found = _expand(spec, folder)
     if len(found) != 1:
         raise ArchiveError(f"member '{name}': '{spec}' stands for {len(found)} files, expected one")
-    path, shown = found[0]
-    return Source(name, path, shown or _shown(path))
+    return _source(name, found[0])
 
 
-def _expand(spec: str, folder: Path) -> list[tuple[Path, str]]:
-    """Files that one spec stands for, each with the text to show instead of its name, if any."""
+def _expand(spec: str, folder: Path) -> list[_Found]:
+    """Members that one spec stands for."""
     if spec.startswith(TORCHVISION):
         weights = spec.removeprefix(TORCHVISION)
-        return [(fetch_torchvision(weights), weights)]
+        return [_Found(fetch_torchvision(weights), Path(weights), weights)]
     path = (folder / spec).absolute()
     if path.is_file():
-        return [(path, "")]
+        return _found([path])
     if path.is_dir():
-        inside = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
-        if not inside:
-            raise ArchiveError(f"members '{spec}': the folder holds no {', '.join(SUFFIXES)} file")
-        return [(item, "") for item in sorted(inside, key=_natural)]
+        return _found([path]) or _expand_folder(spec, path)
     if glob.has_magic(spec):
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        files = [match for match in matches if match.is_file()]
-        if not files:
+        found = _found(Path(match) for match in glob.glob(str(path), recursive=True))
+        if not found:
             raise ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
-        return [(item, "") for item in sorted(files, key=_natural)]
+        return found
     raise ArchiveError(f"member '{spec}': no such file or folder")
+
+
+def _expand_folder(spec: str, path: Path) -> list[_Found]:
+    """Every checkpoint directly inside, or every directory of save_pretrained; not both."""
+    files = _found(item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file())
+    directories = _found(item for item in path.iterdir() if item.is_dir())
+    if files and directories:
+        raise ArchiveError(
+            f"members '{spec}': the folder holds checkpoints ({files[0].shown}) and Hugging Face directories "
+            f"({directories[0].shown}); name those that are meant"
+        )
+    if not files and not directories:
+        raise ArchiveError(
+            f"members '{spec}': the folder holds no {', '.join(SUFFIXES)} file and no directory of save_pretrained"
+        )
+    return files or directories
+
+
+def _found(paths: Iterable[Path]) -> list[_Found]:
+    """Files and Hugging Face directories among the paths, in natural order; other folders are left out."""
+    found = []
+    for path in sorted(paths, key=_natural):
+        if path.is_file():
+            found.append(_Found(path, path, _shown(path)))
+        elif (weights := find_weights(path)) is not None:
+            found.append(_Found(weights, path, _shown(path), path))
+    return found
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from archiver.pretrained import adapt_state
 from archiver.resolve import Source
-from vmap_ensemble.architecture import build_architecture, infer_num_classes
+from vmap_ensemble.architecture import TRANSFORMERS, build_architecture, infer_num_classes
 from vmap_ensemble.checkpoints import (
     State,
     check_finite,
@@ -40,6 +41,8 @@ class Survey:
     num_classes: int | None
     # False when the archive's settings name no architecture, as for text models: the handler checks at load.
     architecture_checked: bool
+    # Keys of the checkpoints that the architecture has no use for, such as heads of an embedding's members.
+    left_out: tuple[str, ...] = ()
 
     def kept_keys(self) -> list[str]:
         """Keys that are stored: all but the tied ones."""
@@ -80,7 +83,7 @@ def survey_members(
         sources: At least one member.
         architecture: As in `build_architecture`; empty when only the handler knows it.
         num_classes: Width of the last layer; read from the first member when None.
-        folder: Where model.py lies, if the architecture is one.
+        folder: Where model.py or pretrained/ lies, if the architecture needs one.
         allow_nan: Archive NaN and infinite weights nevertheless.
         step: Called with a line of what is done, once per member and once for the comparison.
 
@@ -89,7 +92,8 @@ def survey_members(
         SettingsError: The architecture can't be built.
     """
     labels = _labels(sources)
-    states, hashes = [], []
+    states: list[State] = []
+    hashes, left_out = [], []
     for source in sources:
         step(f"read {source.name}")
         states.append(read_state_dict(source.path))
@@ -99,6 +103,8 @@ def survey_members(
             architecture, {key: spec[0] for key, spec in spec_of(states[0]).items()}
         )
         model = build_architecture(architecture, num_classes, folder)
+        if architecture.startswith(TRANSFORMERS):
+            states, left_out = _adapt(states, model, architecture)
         states = [fit_to_architecture(label, state, model) for label, state in zip(labels, states, strict=True)]
     compare_members({label: spec_of(state) for label, state in zip(labels, states, strict=True)})
     for label, state in zip(labels, states, strict=True):
@@ -114,7 +120,15 @@ def survey_members(
         ties=find_ties(states),
         num_classes=num_classes,
         architecture_checked=bool(architecture),
+        left_out=tuple(left_out),
     )
+
+
+def _adapt(states: list[State], model: nn.Module, architecture: str) -> tuple[list[State], list[str]]:
+    """The members with the keys of a transformers model, and what any of them has beyond those."""
+    embedding = architecture == f"{TRANSFORMERS}embedding"
+    adapted = [adapt_state(state, model, embedding) for state in states]
+    return [state for state, _ in adapted], list(dict.fromkeys(key for _, keys in adapted for key in keys))
 
 
 def _labels(sources: list[Source]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import uuid
@@ -17,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.pretrained import build_transformers
 
 TORCHVISION = "torchvision:"
+TRANSFORMERS = "transformers:"
 
 _RANDOM_FILLS = {
     torch.ops.aten.uniform_.default,
@@ -50,10 +53,11 @@ def build_architecture(spec: str, num_classes: int | None = None, folder: Path |
 
     Args:
         spec: `torchvision:resnet18` (any torchvision classification model), `mnist`,
+            `transformers:sequence_classification` (any mode; `folder`/pretrained/config.json says the rest),
             `model.py` (a file in `folder` with one nn.Module class) or `model.py:ClassName`.
         num_classes: Width of the last layer of a torchvision model; its default (1000) when None. Other
             architectures get it only if their constructor has a parameter of that name.
-        folder: Where `model.py` lies: the unpacked archive.
+        folder: Where `model.py` or pretrained/ lies: the unpacked archive.
 
     Returns:
         The module in eval mode; its random weights are left uninitialised.
@@ -97,10 +101,14 @@ def _builder(spec: str, folder: Path | None) -> Callable[..., nn.Module]:
         return MnistNet
     if spec.startswith(TORCHVISION):
         return _torchvision_builder(spec)
+    if spec.startswith(TRANSFORMERS):
+        return functools.partial(build_transformers, spec.removeprefix(TRANSFORMERS), folder)
     file, _, name = spec.partition(":")
     if file.endswith(".py"):
         return _class_in_file(file, name, folder)
-    raise SettingsError(f"architecture '{spec}': expected 'torchvision:NAME', 'mnist' or 'model.py:ClassName'")
+    raise SettingsError(
+        f"architecture '{spec}': expected 'torchvision:NAME', 'transformers:MODE', 'mnist' or 'model.py:ClassName'"
+    )
 
 
 def _torchvision_builder(spec: str) -> Callable[..., nn.Module]:

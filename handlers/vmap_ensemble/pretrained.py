@@ -1,0 +1,103 @@
+"""Turns pretrained/config.json of an archive into the transformers model that its members' weights go into."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vmap_ensemble.errors import SettingsError
+
+PRETRAINED_FOLDER = "pretrained"
+CONFIG_FILE = "config.json"
+
+# Mode -> transformers' class, and its table of configuration class -> model class.
+MODES = {
+    "sequence_classification": (
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    ),
+    "token_classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
+    "question_answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
+    "fill_mask": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
+    "embedding": ("AutoModel", "MODEL_MAPPING"),
+}
+
+
+def import_transformers() -> Any:
+    """Import transformers, which only text archives need.
+
+    Raises:
+        SettingsError: It isn't installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise SettingsError(
+            f"text models need transformers ({error}); pip install -r requirements-bert.txt"
+        ) from None
+    return transformers
+
+
+def read_config(folder: Path, where: str) -> Any:
+    """Read a configuration of transformers from a folder; nothing is fetched and no code in it is run.
+
+    Args:
+        folder: Holds config.json.
+        where: What errors call the folder.
+
+    Raises:
+        SettingsError: It is missing, malformed, or of an architecture that transformers doesn't have.
+    """
+    transformers = import_transformers()
+    if not (folder / CONFIG_FILE).is_file():
+        raise SettingsError(f"{where}/{CONFIG_FILE}: no such file; expected what save_pretrained writes")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"{where}/{CONFIG_FILE}: transformers {transformers.__version__}: {line}") from None
+
+
+def build_transformers(mode: str, folder: Path | None) -> nn.Module:
+    """Build the model of one mode from `folder`/pretrained/config.json.
+
+    Args:
+        mode: A key of MODES.
+        folder: The unpacked archive.
+
+    Returns:
+        The model; attention is torch's scaled_dot_product_attention where the architecture has it. An
+        embedding model has no pooler, since embeddings are made of the last layer's tokens.
+
+    Raises:
+        SettingsError: The mode is unknown, the configuration is missing, or its architecture lacks the mode.
+    """
+    if mode not in MODES:
+        raise SettingsError(f"architecture 'transformers:{mode}': expected one of {', '.join(MODES)}")
+    if folder is None or not (folder / PRETRAINED_FOLDER).is_dir():
+        raise SettingsError(
+            f"architecture 'transformers:{mode}': no folder {PRETRAINED_FOLDER}/ in the archive; give members "
+            "as directories that save_pretrained wrote, or name one in the key 'pretrained'"
+        )
+    config = read_config(folder / PRETRAINED_FOLDER, PRETRAINED_FOLDER)
+    transformers = import_transformers()
+    auto_name, mapping_name = MODES[mode]
+    mapping = getattr(transformers, mapping_name)
+    if type(config) not in mapping:
+        raise SettingsError(
+            f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: model_type '{config.model_type}' has no {auto_name}; "
+            f"mode '{mode}' can't be served"
+        )
+    kind = mapping[type(config)]
+    # float32 whatever the configuration says: the settings' dtype is applied to the members.
+    options: dict[str, Any] = {
+        "attn_implementation": "sdpa" if kind._supports_sdpa else "eager",
+        "dtype": torch.float32,
+    }
+    if mode == "embedding" and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        options["add_pooling_layer"] = False
+    return getattr(transformers, auto_name).from_config(config, **options)
