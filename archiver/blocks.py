@@ -1,4 +1,4 @@
-"""Turns setup_config.json and the command line into one ArchiveRequest per archive, with every path resolved."""
+"""Turns setup_config.json and the command line into one ArchiveRequest per archive, paths resolved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmap_ensemble.errors import ArchiveError
-
 from archiver import HANDLERS
+from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -84,9 +84,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 def _shorten(paths: Sequence[Path], names: list[str]) -> list[str]:
     """Equal to the root: the suffix tells model.pt from model.pth in one folder."""
     counts = Counter(names)
-    return [
-        _clean(path.name) if counts[name] > 1 else name for path, name in zip(paths, names, strict=True)
-    ]
+    return [_clean(path.name) if counts[name] > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
 def _number_equal_ones(names: list[str]) -> list[str]:

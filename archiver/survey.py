@@ -1,4 +1,4 @@
-"""Turns named checkpoints into the certainty that they make one ensemble: what is shared, tied, and how large."""
+"""Turns named checkpoints into the certainty that they make one ensemble: shared, tied, and how large."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from archiver.resolve import Source
 from vmap_ensemble.architecture import build_architecture, infer_num_classes
 from vmap_ensemble.checkpoints import (
     State,
@@ -20,8 +22,6 @@ from vmap_ensemble.checkpoints import (
     spec_of,
 )
 from vmap_ensemble.members import hash_file
-
-from archiver.resolve import Source
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -99,7 +99,7 @@ def survey_members(
             architecture, {key: spec[0] for key, spec in spec_of(states[0]).items()}
         )
         model = build_architecture(architecture, num_classes, folder)
-        states = _fit(labels, states, model)
+        states = [fit_to_architecture(label, state, model) for label, state in zip(labels, states, strict=True)]
     compare_members({label: spec_of(state) for label, state in zip(labels, states, strict=True)})
     for label, state in zip(labels, states, strict=True):
         if not allow_nan:
@@ -117,16 +117,9 @@ def survey_members(
     )
 
 
-def _fit(labels: list[str], states: list[State], model: nn.Module) -> list[State]:
-    # Members against each other first: a key that differs from a sibling says more than one unknown to
-    # the architecture; keys that only some files lack because of ties are settled by the fit.
-    return [fit_to_architecture(label, state, model) for label, state in zip(labels, states, strict=True)]
-
-
 def _labels(sources: list[Source]) -> list[str]:
     """What errors call the members: the file's name, with the member's where two files share one."""
     shown = [source.shown for source in sources]
     return [
-        source.shown if shown.count(source.shown) == 1 else f"{source.shown} ({source.name})"
-        for source in sources
+        source.shown if shown.count(source.shown) == 1 else f"{source.shown} ({source.name})" for source in sources
     ]

@@ -30,7 +30,7 @@ _RANDOM_FILLS = {
 
 
 class SkipRandomFills(TorchDispatchMode):
-    """Leaves out in-place random fills, so that parameters about to be replaced are never touched.
+    """Leaves out random fills of parameters, whose memory is about to be replaced and is never touched.
 
     Everything else runs: buffers that are computed and stand in no checkpoint (position tables, masks) get
     their real values, which building on the meta device would lose.
@@ -38,7 +38,9 @@ class SkipRandomFills(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, or hand back its tensor as it is."""
-        if func in _RANDOM_FILLS:
+        # Parameters only: initialisers that draw until all values are in range (nn.init.trunc_normal_)
+        # never end when their scratch tensors aren't filled.
+        if func in _RANDOM_FILLS and isinstance(args[0], nn.Parameter):
             return args[0]
         return func(*args, **(kwargs or {}))
 

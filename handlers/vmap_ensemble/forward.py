@@ -52,6 +52,9 @@ class EnsembleForward:
         if training:
             raise LoadError(f"expected a model in eval mode, got training mode in {training[0]}; call .eval()")
         self.model, self.members, self.rules = model, members, rules
+        # vmap wraps every dict entry anew, so a tied key would no longer be the tensor that it is tied to:
+        # one entry per tensor goes in, and the ties are joined inside.
+        self._own = {key: tensor for key, tensor in members.stacked.items() if key not in members.ties}
         _drop_own_tensors(model, set(members.stacked) | set(members.shared), _device_of(members))
         # vmap wants at least one batched argument, which N equal members don't have.
         self._index = torch.arange(len(members.names), device=_device_of(members))
@@ -68,16 +71,19 @@ class EnsembleForward:
         in_dims = (0, 0, None, *(None for _ in args))
         with self.rules():
             return vmap(self._member, in_dims=in_dims, randomness="error")(
-                self._index, self.members.stacked, self.members.shared, *args
+                self._index, self._own, self.members.shared, *args
             )
 
     def _member(self, _index: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor], *args: Any) -> Any:
-        return functional_call(self.model, {**shared, **own}, args)
+        return functional_call(self.model, self._join_ties({**shared, **own}), args)
 
     def member_state(self, index: int) -> dict[str, Tensor]:
         """The state dict of one member: views of the stack, nothing is copied."""
-        own = {key: tensor[index] for key, tensor in self.members.stacked.items()}
-        return {**self.members.shared, **own}
+        own = {key: tensor[index] for key, tensor in self._own.items()}
+        return self._join_ties({**self.members.shared, **own})
+
+    def _join_ties(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**tensors, **{key: tensors[kept] for key, kept in self.members.ties.items()}}
 
     def member(self, index: int, *args: Any) -> Any:
         """Run one member alone, without vmap and without special rules: outputs (B, ...)."""

@@ -140,7 +140,7 @@ def parse_settings(block: Mapping[str, Any], kind: type[SettingsType], where: st
 
 def known_keys(kind: type[Settings]) -> list[str]:
     """The keys that a settings class knows."""
-    return [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def check_keys(block: Mapping[str, Any], known: list[str] | tuple[str, ...], where: str) -> None:
@@ -157,3 +157,7 @@ def check_keys(block: Mapping[str, Any], known: list[str] | tuple[str, ...], whe
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         raise SettingsError(f"{where}: unknown key '{key}'; {hint}")
+
+
+# Heading on the generated page of settings -> class.
+DOCUMENTED: dict[str, type[Settings]] = {"Every handler": Settings, "Handlers of images": VisionSettings}

@@ -6,6 +6,7 @@ and field numbers are all that has to agree (frontend/server/src/main/resources/
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -50,17 +51,19 @@ def predict_grpc(
     body: bytes,
     *,
     fields: dict[str, bytes] | None = None,
-    metadata: tuple[tuple[str, str], ...] = (),
+    key: str = "",
+    certificate: Path | None = None,
     timeout_s: float = 60.0,
 ) -> bytes:
     """Asks for one prediction over gRPC.
 
     Args:
-        address: host:port without TLS.
+        address: host:port.
         model: registered name.
         body: the request's payload, sent as the input `data`.
         fields: further inputs, such as {"detail": b"members"}.
-        metadata: gRPC metadata, such as the key under "authorization"; TorchServe hands none to a handler.
+        key: the inference key, where the server asks for one.
+        certificate: PEM file of a TLS server's certificate; without it the channel has no TLS.
         timeout_s: raises grpc.RpcError afterwards.
 
     Returns:
@@ -69,7 +72,9 @@ def predict_grpc(
     Raises:
         grpc.RpcError: the server refused or failed.
     """
-    with grpc.insecure_channel(address) as channel:
+    # TorchServe reads the key only next to this protocol entry (TokenAuthorization's gRPC interceptor).
+    metadata = (("protocol", "gRPC"), ("authorization", f"Bearer {key}")) if key else ()
+    with _open_channel(address, certificate) as channel:
         call = channel.unary_unary(
             f"/{PACKAGE}.InferenceAPIsService/Predictions",
             request_serializer=lambda message: message.SerializeToString(),
@@ -77,3 +82,9 @@ def predict_grpc(
         )
         request = PredictionsRequest(model_name=model, input={"data": body, **(fields or {})})
         return bytes(call(request, timeout=timeout_s, metadata=metadata).prediction)
+
+
+def _open_channel(address: str, certificate: Path | None) -> grpc.Channel:
+    if certificate is None:
+        return grpc.insecure_channel(address)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(certificate.read_bytes()))

@@ -92,11 +92,11 @@ def test_port_in_use_is_named(tmp_path: Path) -> None:
 
 
 def test_production_wants_keys_and_speaks_tls(ok_archive: Path, certificate: tuple[Path, Path]) -> None:
-    chain, key = certificate
+    chain, private_key = certificate
     with TorchServe(
         {"ok": ok_archive},
         config=ROOT / "config" / "production.properties",
-        settings={"certificate_file": str(chain), "private_key_file": str(key)},
+        settings={"certificate_file": str(chain), "private_key_file": str(private_key)},
         certificate=chain,
     ) as running:
         assert running.inference_url.startswith("https://")
@@ -111,5 +111,8 @@ def test_production_wants_keys_and_speaks_tls(ok_archive: Path, certificate: tup
         assert too_large.status_code == 413
         key_file = running.launch.cwd / "key_file.json"
         assert key_file.stat().st_mode & 0o077 == 0, "the keys are readable by their user alone"
-        with pytest.raises(grpc.RpcError):
-            predict_grpc(running.grpc_address, "ok", b"x", timeout_s=10)
+        with pytest.raises(grpc.RpcError) as no_key:
+            predict_grpc(running.grpc_address, "ok", b"x", certificate=chain)
+        assert no_key.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        key = running.key("inference")
+        assert predict_grpc(running.grpc_address, "ok", b"x", key=key, certificate=chain) == b"ok 1"

@@ -153,7 +153,8 @@ class TorchServe:
         """A key from key_file.json; purpose is inference, management or API (which renews the others)."""
         file = self.launch.cwd / "key_file.json"
         deadline = time.monotonic() + timeout_s
-        while not file.is_file() and time.monotonic() < deadline:
+        # TorchServe makes the file before it fills it.
+        while not (file.is_file() and file.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
         keys: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         entry = keys[purpose]

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds .mar archives of ensembles from setup_config.json, and checks them; see ./archive.sh --help.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+needed='import torch, torchvision, ts, model_archiver, safetensors, pydantic, rich'
+
+can_archive() {
+    [ -n "$1" ] && command -v "$1" >/dev/null 2>&1 && "$1" -c "$needed" >/dev/null 2>&1
+}
+
+python=""
+for candidate in "$root/.venv/bin/python" "${PYTHON:-}" python3; do
+    if can_archive "$candidate"; then
+        python="$candidate"
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    "$root/scripts/setup.sh" >&2
+    python="$root/.venv/bin/python"
+fi
+
+# Paths on the command line start where the caller is, so the working directory stays.
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m archiver "$@"

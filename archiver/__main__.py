@@ -1,0 +1,128 @@
+"""Turns a command line into archives, one checked archive, or one clear line about what is wrong.
+
+Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 weights can't be fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from archiver import REPOSITORY
+from archiver.blocks import make_request, read_blocks
+from archiver.build import build_archive
+from archiver.check import check_archive
+from archiver.resolve import NetworkError
+from vmap_ensemble.errors import ArchiveError, EnsembleError
+
+EPILOG = """\
+members:
+  files (.pt .pth .bin .safetensors), folders, 'globs', torchvision:ResNet50_Weights.IMAGENET1K_V1
+
+examples:
+  ./archive.sh --list
+  ./archive.sh resnet_ens --members a.pth b.pth c.pth
+  ./archive.sh mine --handler my_handler.py --model-file model.py --members 'folds/*/model.pt'
+  ./archive.sh --all --force
+  ./archive.sh --check model_store/resnet_ens.mar kitten.jpg
+
+exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 weights can't be fetched
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with 2 when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="./archive.sh",
+        description="Build TorchServe archives of ensembles from setup_config.json, and check them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("name", nargs="*", metavar="NAME", help="archives to build: blocks of setup_config.json")
+    add("--members", nargs="+", metavar="M", help="checkpoints, instead of the block's")
+    add("--handler", metavar="FILE", help="handler file, in the working directory or in handlers/")
+    add("--model-file", metavar="FILE", help="model.py with the nn.Module class of an own architecture")
+    add("--all", action="store_true", help="build every block")
+    add("--force", action="store_true", help="replace an archive that exists")
+    add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
+    add("--output", type=Path, default=REPOSITORY / "model_store", metavar="DIR", help="default: model_store")
+    add("--config", type=Path, default=REPOSITORY / "setup_config.json", metavar="FILE", help="the blocks")
+    add("--check", nargs="+", metavar=("MAR", "INPUT"), help="run an archive's handler on one request")
+    add("--list", action="store_true", help="list the blocks and whether their archive is built")
+    add("--debug", action="store_true", help="show tracebacks and logs of what fails")
+    options = parser.parse_args(arguments)
+    if sum(map(bool, (options.name, options.all, options.check, options.list))) != 1:
+        parser.error("expected exactly one of NAME..., --all, --check, --list")
+    if len(options.name) != 1 and (options.members or options.handler or options.model_file):
+        parser.error("--members, --handler and --model-file go with exactly one NAME")
+    if options.check and len(options.check) > 2:
+        parser.error("--check takes an archive and at most one input")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parse_arguments(arguments)
+    # As an exception, so that a half-made archive is cleaned up.
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(options, Console())
+    except KeyboardInterrupt:
+        print("archive: interrupted", file=sys.stderr)
+        return 130
+    except EnsembleError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"archive: {error}", file=sys.stderr)
+        return 3 if isinstance(error, NetworkError) else 1
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(143)
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    if options.check:
+        mar, *rest = options.check
+        check_archive(Path(mar), Path(rest[0]) if rest else None, console, options.debug)
+        return 0
+    # An archive can be made without any block, from the command line alone.
+    blocks = read_blocks(options.config) if options.config.is_file() or not options.members else {}
+    if options.list:
+        return _list(blocks, options.output, console)
+    names = list(blocks) if options.all else options.name
+    if not names:
+        raise ArchiveError(f"{options.config.name}: holds no blocks")
+    for name in names:
+        request = make_request(
+            name,
+            blocks,
+            options.config.absolute().parent,
+            members=options.members,
+            handler=options.handler,
+            model_file=options.model_file,
+            allow_nan=options.allow_nan,
+        )
+        build_archive(request, options.output, options.force, console)
+    return 0
+
+
+def _list(blocks: dict[str, dict[str, object]], output: Path, console: Console) -> int:
+    for name, block in blocks.items():
+        state = "built" if (output / f"{name}.mar").is_file() else "not built"
+        members = block.get("members", [])
+        text = ", ".join(members) if isinstance(members, list | dict) else str(members)
+        console.print(f"{name:<20}{block.get('handler', '')!s:<24}{state:<12}{text}", markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Turns surveyed members into a .mar: stage, run torch-model-archiver, move the result into place at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from archiver import HANDLERS
+from archiver.blocks import ArchiveRequest
+from archiver.survey import Survey
+from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.members import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, Member, hash_file
+from vmap_ensemble.settings import SETTINGS_FILE
+
+PACKAGE = "vmap_ensemble"
+LABELS_FILE = "index_to_name.json"
+# Made by the archiver in every archive; an extra file of that name would replace it in silence.
+RESERVED_NAMES = (SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, "MAR-INF")
+ARCHIVER_TIMEOUT_S = 1800
+
+Step = Callable[[str], None]
+
+
+def target_path(output: Path, name: str, force: bool) -> Path:
+    """Where the archive goes, checked before any work.
+
+    Raises:
+        ArchiveError: The folder can't be written to, or the archive is there and `force` is off.
+    """
+    target = output / f"{name}.mar"
+    if target.exists() and not force:
+        raise ArchiveError(f"{target}: exists; --force replaces it")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArchiveError(f"{output}: can't be made ({error.strerror})") from None
+    if not os.access(output, os.W_OK):
+        raise ArchiveError(f"{output}: not writable")
+    return target
+
+
+def pack_archive(request: ArchiveRequest, survey: Survey, target: Path, step: Step) -> Manifest:
+    """Build the archive beside its target and move it there in one step.
+
+    Args:
+        request: Handler, settings and files.
+        survey: The members, checked.
+        target: The .mar to write; what was there stays until the new one is whole.
+        step: Called with a line of what is done: once per member, once for shared, once for packing.
+
+    Raises:
+        ArchiveError: Something can't be written, or torch-model-archiver fails. The old archive is untouched.
+    """
+    with _private_folder(target) as work:
+        stage = work / "stage"
+        try:
+            manifest = _stage(request, survey, stage, step)
+            step("pack")
+            built = _run_archiver(request, stage, work)
+            _verify(built, manifest)
+            os.replace(built, target)
+        except OSError as error:
+            raise ArchiveError(f"{target.name}: can't be written ({error})") from None
+    return manifest
+
+
+@contextmanager
+def _private_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target: os.replace is atomic only within one file system.
+
+    TorchServe skips hidden entries of the model store (ModelServer.java, initModelStore).
+    """
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.stem}-", dir=target.parent))
+    except OSError as error:
+        raise ArchiveError(f"{target.parent}: can't be written to ({error.strerror})") from None
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _stage(request: ArchiveRequest, survey: Survey, stage: Path, step: Step) -> Manifest:
+    """Lay out the root of the archive; torch-model-archiver copies a folder's contents, folders included."""
+    (stage / MEMBERS_FOLDER).mkdir(parents=True)
+    shutil.copytree(HANDLERS / PACKAGE, stage / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    settings = settings_of(request, survey.num_classes)
+    (stage / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if request.labels is not None:
+        shutil.copyfile(request.labels, stage / LABELS_FILE)
+    for path in (*request.extra_files, *((request.model_file,) if request.model_file else ())):
+        _copy_extra(path, stage, request)
+    manifest = _write_members(survey, stage, step)
+    (stage / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def settings_of(request: ArchiveRequest, num_classes: int | None) -> dict[str, Any]:
+    """The flat block that goes into the archive, with what the members told."""
+    return {**request.settings, **({"num_classes": num_classes} if num_classes else {})}
+
+
+def _copy_extra(path: Path, stage: Path, request: ArchiveRequest) -> None:
+    if path.name in (*RESERVED_NAMES, request.handler.name) or (stage / path.name).exists():
+        raise ArchiveError(f"extra file '{path.name}': an archive has a file of that name already")
+    if path.is_dir():
+        shutil.copytree(path, stage / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    elif path.is_file():
+        shutil.copyfile(path, stage / path.name)
+    else:
+        raise ArchiveError(f"extra file '{path.name}': no such file")
+
+
+def _write_members(survey: Survey, stage: Path, step: Step) -> Manifest:
+    members = []
+    own = survey.own_keys()
+    for source, digest, state in zip(survey.sources, survey.hashes, survey.states, strict=True):
+        step(f"write {source.name}")
+        row = _write(stage, source.name, source.shown, {key: state[key] for key in own}, digest)
+        members.append(row)
+    shared = None
+    kept = [key for key in survey.shared if key not in survey.ties]
+    step("write shared")
+    if kept:
+        shared = _write(stage, "shared", "", {key: survey.states[0][key] for key in kept}, "")
+    return Manifest(tuple(members), shared, survey.ties)
+
+
+def _write(stage: Path, name: str, source: str, tensors: Mapping[str, Tensor], digest: str) -> Member:
+    file = f"{MEMBERS_FOLDER}/{name}.safetensors"
+    # A clone apart: safetensors refuses views that overlap, as slices of one fused weight do.
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}, stage / file)
+    path = stage / file
+    return Member(name, file, hash_file(path), source, path.stat().st_size, digest)
+
+
+def _run_archiver(request: ArchiveRequest, stage: Path, work: Path) -> Path:
+    """Run torch-model-archiver, whose working folder <TMPDIR>/<model name> must be ours alone."""
+    temporary = work / "tmp"
+    temporary.mkdir()
+    command = [
+        *(sys.executable, "-m", "model_archiver.model_packaging"),
+        *("--model-name", request.name, "--version", request.version),
+        *("--handler", str(request.handler), "--extra-files", str(stage)),
+        *("--archive-format", "zip-store", "--export-path", str(work)),
+    ]
+    if request.model_config is not None:
+        command += ["--config-file", str(request.model_config)]
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=ARCHIVER_TIMEOUT_S, check=False
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ArchiveError(f"torch-model-archiver failed with {done.returncode}: {last}")
+    return work / f"{request.name}.mar"
+
+
+def _verify(built: Path, manifest: Manifest) -> None:
+    """Count what torch-model-archiver packed: it flattens and skips files in silence."""
+    with zipfile.ZipFile(built) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    wanted = {row.file: row.size_bytes for row in manifest.files()}
+    wrong = [file for file, size in wanted.items() if sizes.get(file) != size]
+    if wrong or f"{PACKAGE}/__init__.py" not in sizes:
+        raise ArchiveError(f"torch-model-archiver left out {', '.join(wrong) or PACKAGE}")

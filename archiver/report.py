@@ -1,0 +1,55 @@
+"""Turns a survey or a finished archive into tables for a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from archiver.survey import DTYPES, Survey
+from vmap_ensemble.members import Manifest, hash_file
+
+SHORT = 12
+
+
+def show_survey(console: Console, name: str, survey: Survey) -> None:
+    """Before packing: members, what they share, and the memory of the stack."""
+    table = Table(title=f"{name}: {len(survey.sources)} members", title_justify="left")
+    for column in ("member", "source", "size", "SHA-256"):
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+    for source, digest in zip(survey.sources, survey.hashes, strict=True):
+        table.add_row(source.name, source.shown, show_bytes(source.path.stat().st_size), digest[:SHORT])
+    console.print(table)
+    kept = survey.kept_keys()
+    shared = [key for key in kept if key in survey.shared]
+    console.print(
+        f"tensors: {len(kept)}, of which {len(shared)} ({show_bytes(survey.shared_bytes())}) are identical "
+        f"in all members; tied: {len(survey.ties)}"
+    )
+    sizes = ", ".join(f"{dtype} {show_bytes(survey.stacked_bytes(DTYPES[dtype]))}" for dtype in DTYPES)
+    console.print(f"memory when stacked: {sizes}")
+    if not survey.architecture_checked:
+        console.print("no architecture is named: the handler checks the members against its own at load")
+    if len(survey.states) > 1 and not survey.own_keys():
+        console.print("[yellow]all members are identical: the ensemble says what one of them says[/yellow]")
+
+
+def show_archive(console: Console, path: Path, manifest: Manifest) -> None:
+    """After packing: what was made."""
+    table = Table(title="archive", title_justify="left", show_header=False)
+    table.add_row("path", str(path))
+    table.add_row("size", show_bytes(path.stat().st_size))
+    table.add_row("members", ", ".join(member.name for member in manifest.members))
+    table.add_row("SHA-256", hash_file(path))
+    console.print(table)
+
+
+def show_bytes(count: int) -> str:
+    """1536 -> 1.5 KiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,280 @@
+"""Turns a convolutional network and its stacked members into a vmapped forward that beats the loop.
+
+A vmapped convolution is a grouped convolution, which is slower than the loop on a CPU. Here the member's
+graph is lowered (folded batch norm, fused relu and residual), and up to the last convolution it becomes one
+custom operator with a vmap rule of its own: under vmap it runs the members on oneDNN's prepacked weights,
+spread over the cores. The rest of the graph runs under the stock rules, in the same vmap call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import vmap
+
+from vmap_ensemble.errors import LoadError
+from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.lowering import (
+    CONVOLUTIONS,
+    LoweredModel,
+    Program,
+    UnsupportedModel,
+    extract_program,
+    lower_model,
+)
+from vmap_ensemble.member_threads import MemberThreads
+from vmap_ensemble.prepacking import member_slot, pack_convolutions, record_values
+from vmap_ensemble.proof import prove_equal
+
+if TYPE_CHECKING:
+    from vmap_ensemble.members import StackedMembers
+
+__all__ = ["ConvolutionForward", "UnsupportedModel", "prepare"]
+
+
+class ConvolutionForward:
+    """The prepared forward of all members: one torch.func.vmap call. Built by `prepare`.
+
+    Attributes:
+        groups: How many members run at the same time on a CPU, each on its share of the threads.
+        reason: One line on what was prepared.
+    """
+
+    def __init__(self, lowered: LoweredModel, count: int, cut: int, example: Sequence[Tensor]) -> None:
+        nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
+        (output,) = (node for node in lowered.graph.nodes if node.op == "output")
+        head, tail = nodes[:cut], nodes[cut:]
+        values = record_values(lowered, head, example)
+        convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
+        self._arguments = lowered.arguments()
+        packed = pack_convolutions(lowered, head, values) if head else {}
+        # Sizes and other plain values are cheap, so members recompute them; tensors come from the trunk.
+        own = [n for n in head if n in lowered.batched or not isinstance(values[n], Tensor)]
+        shared = [n for n in head if n not in lowered.batched]
+        body_outputs = _used_by(own, [*tail, output], lowered)
+        self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
+        trunk_outputs = _used_by(shared, [*own, *tail, output], None)
+        self._trunk = extract_program(lowered, shared, tuple(trunk_outputs))
+        self._run_trunk = self._trunk.compile()
+        self._trunk_slots = [packed.get(name, [lowered.slots.get(name)])[0] for name in self._trunk.slots]
+        self._tail = extract_program(lowered, tail, output.args[0])
+        self._run_tail = self._tail.compile()
+        self._body_outputs, self._trunk_outputs = body_outputs, trunk_outputs
+        self._tail_slots = [lowered.slots[name] for name in self._tail.slots]
+        self._tail_dims = tuple(0 if name in lowered.stacked else None for name in self._tail.slots)
+        device = next(iter(lowered.slots.values())).device
+        self._index = torch.arange(count, device=device)
+        self._channels_last = bool(head) or device.type == "cuda"
+        self.reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
+
+    @property
+    def groups(self) -> int:
+        return self._body.threads.groups if self._body else 1
+
+    @groups.setter
+    def groups(self, groups: int) -> None:
+        if self._body:
+            self._body.use_groups(groups)
+
+    def keep_groups(self) -> None:
+        """Stay with the number of groups in use: the threads of others end."""
+        if self._body:
+            self._body.drop_other_groups()
+
+    def __call__(self, *args: Tensor) -> Any:
+        """Run every member on the same arguments.
+
+        Args:
+            args: The model's arguments, (B, ...), shared by all members.
+
+        Returns:
+            The model's output structure; each tensor (M, B, ...), member-major.
+        """
+        if self._channels_last:
+            args = tuple(_to_channels_last(arg) for arg in args)
+        with torch.no_grad():
+            env = dict(zip(self._arguments, args, strict=False))
+            trunk = self._run_trunk(*(env[node] for node in self._trunk.inputs), *self._trunk_slots)
+            env.update(zip(self._trunk_outputs, trunk, strict=True))
+            member = partial(self._member, env)
+            return vmap(member, in_dims=(0, *self._tail_dims))(self._index, *self._tail_slots)
+
+    def _member(self, env: dict[fx.Node, Any], index: Tensor, *slots: Tensor) -> Any:
+        if self._body:
+            inputs = [env[node] for node in self._body.program.inputs if isinstance(env[node], Tensor)]
+            outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, inputs)
+            env = {**env, **dict(zip(self._body_outputs, outputs, strict=True))}
+        return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
+
+
+class _Body:
+    """The part of the network that differs between members, up to its last convolution."""
+
+    def __init__(
+        self,
+        lowered: LoweredModel,
+        nodes: list[fx.Node],
+        outputs: list[fx.Node],
+        packed: dict[str, list[Tensor]],
+        count: int,
+    ) -> None:
+        self.program: Program = extract_program(lowered, nodes, tuple(outputs))
+        self.run = self.program.compile()
+        self.slots = [
+            [member_slot(lowered, packed, name, index) for name in self.program.slots] for index in range(count)
+        ]
+        self._pools: dict[int, MemberThreads] = {}
+        self.use_groups(1)
+        self.handle = next(_handles)
+        _bodies[self.handle] = self
+
+    def use_groups(self, groups: int) -> None:
+        if groups not in self._pools:
+            self._pools[groups] = MemberThreads(groups)
+        self.threads = self._pools[groups]
+
+    def drop_other_groups(self) -> None:
+        for pool in self._pools.values():
+            if pool is not self.threads:
+                pool.close()
+        self._pools = {self.threads.groups: self.threads}
+
+    def run_all(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Every member's outputs, each (M, ...)."""
+        rows = self.threads.map(lambda slots: self.run(*inputs, *slots), self.slots)
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+_handles = itertools.count()
+_bodies: WeakValueDictionary[int, _Body] = WeakValueDictionary()
+
+# Packed weights are opaque to torch.stack, so the operator takes a handle of them and the member's index.
+_library = torch.library.Library("vmap_ensemble", "FRAGMENT")
+_library.define("run_member(int body, Tensor member, Tensor[] inputs) -> Tensor[]")
+
+
+def _run_member(body: int, member: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    program = _bodies[body]
+    return list(program.run(*inputs, *program.slots[int(member)]))
+
+
+def _run_members(info: Any, in_dims: Any, body: int, member: Tensor, inputs: list[Tensor]) -> Any:
+    """The vmap rule: all members in one go, in the order of the index (which `__call__` makes 0..M-1)."""
+    outputs = _bodies[body].run_all(inputs)
+    return outputs, [0] * len(outputs)
+
+
+_library.impl("run_member", _run_member, "CompositeExplicitAutograd")
+torch.library.register_vmap("vmap_ensemble::run_member", _run_members, lib=_library)
+
+
+def prepare(
+    model: nn.Module,
+    members: StackedMembers,
+    *example: Tensor,
+    packed: bool | None = None,
+    groups: int | None = None,
+    tolerance: float = 1e-5,
+) -> ConvolutionForward:
+    """Prepare the fastest vmapped forward known here for a convolutional network.
+
+    Args:
+        model: The architecture in eval mode. Its own tensors are dropped, as `EnsembleForward` does.
+        members: M stacked members, float32.
+        example: The forward's arguments, (B, ...), of the size that is expected most often. Other batch and
+            image sizes give right results too.
+        packed: Run on oneDNN's prepacked weights; by default wherever the members are on a CPU.
+        groups: How many members run at the same time on a CPU; by default what is measured fastest here.
+        tolerance: Largest difference to the members' own forward, relative to the output's largest value.
+
+    Returns:
+        A callable: arguments of the model -> its outputs, each (M, B, ...).
+
+    Raises:
+        UnsupportedModel: The model has no convolution, can't be traced, isn't float32, or doesn't keep the
+            tolerance on the example.
+        LoadError: The members don't fill the model, or it is in training mode.
+
+    Note:
+        Holds its own, folded and packed, copy of every convolution's weights.
+    """
+    tensors = [*members.stacked.values(), *members.shared.values()]
+    wrong = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {torch.float32}
+    if wrong:
+        raise UnsupportedModel(f"expected float32 weights, got {sorted(map(str, wrong))}; use eager or compiled")
+    with torch.no_grad():
+        reference = EnsembleForward(model, members)
+        lowered = lower_model(model, members)
+        nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
+        if not any(node.target in CONVOLUTIONS for node in nodes):
+            raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
+        on_cpu = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
+        cut = _find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
+        forward = ConvolutionForward(lowered, len(members.names), cut, example)
+        _check_equal(forward, reference, example, tolerance)
+        _choose_groups(forward, len(members.names), example, groups)
+    return forward
+
+
+def _find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
+    """Where the per-member part ends: after the last convolution and the weightless steps behind it.
+
+    A linear layer behind it reads its weights once per batch and is bound by memory: one batched matrix
+    product over all members, which is what the stock rule makes of it, is measured faster than M products.
+    """
+    cut = max(index for index, node in enumerate(nodes) if node.target in CONVOLUTIONS) + 1
+    while cut < len(nodes) and not any(n.name in lowered.slots for n in nodes[cut].all_input_nodes):
+        cut += 1
+    return cut
+
+
+def _used_by(nodes: list[fx.Node], later: list[fx.Node], lowered: LoweredModel | None) -> list[fx.Node]:
+    """Which of the nodes later ones need; with `lowered`, only those that differ between members."""
+    users = set(later)
+    used = [n for n in nodes if users.intersection(n.users)]
+    return used if lowered is None else [n for n in used if n in lowered.batched]
+
+
+def _to_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _check_equal(
+    forward: ConvolutionForward, reference: EnsembleForward, example: tuple[Tensor, ...], tolerance: float
+) -> None:
+    try:
+        prove_equal(reference, forward, example, tolerance)
+    except LoadError as error:
+        raise UnsupportedModel(f"prepared convolutions: {error}") from error
+    except Exception as error:
+        name = type(reference.model).__name__
+        raise UnsupportedModel(f"the prepared {name} doesn't run: {error}") from error
+
+
+_GROUP_ROUNDS = 5  # timed rounds per candidate, after one to warm up
+
+
+def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None) -> None:
+    """Share the threads between members as is fastest: all for one member, or one member for each."""
+    threads = torch.get_num_threads()
+    candidates = sorted({1, min(count, threads)} | {g for g in (2, 4, 8) if g < min(count, threads)})
+    if groups is not None or len(candidates) == 1:
+        forward.groups = groups or 1
+        return
+    times_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
+    for _, candidate in itertools.product(range(_GROUP_ROUNDS + 1), candidates):
+        forward.groups = candidate
+        started = time.perf_counter()
+        forward(*example)
+        times_s[candidate].append(time.perf_counter() - started)
+    forward.groups = min(candidates, key=lambda candidate: statistics.median(times_s[candidate][1:]))
+    forward.keep_groups()
+    forward.reason += f", {forward.groups} members at a time"

@@ -1,0 +1,369 @@
+"""Turns one member's module into a graph of fused steps whose weights are slots, filled member by member.
+
+    conv -> batch norm -> relu            becomes  convolve(x, w, b, ..., "relu")       with folded w, b
+    conv -> batch norm -> + other -> relu becomes  convolve_add(x, other, w, b, ..., "relu")
+
+Folding is done on the stacked weights, for all members at once, and is exact in eval mode up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from vmap_ensemble.errors import LoadError
+
+if TYPE_CHECKING:
+    from vmap_ensemble.members import StackedMembers
+
+
+class UnsupportedModel(LoadError):
+    """This preparation can't be had for the model; the text says why. Another mode still serves it."""
+
+
+# Name as oneDNN knows it -> (plain function, oneDNN's scalars). Only what both compute alike.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "none": (lambda x: x, []),
+    "relu": (F.relu, []),
+    "hardtanh": (F.relu6, [0.0, 6.0]),
+    "swish": (F.silu, []),
+    "hardswish": (F.hardswish, []),
+}
+_ACTIVATION_OF_MODULE = {nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
+_ACTIVATION_OF_FUNCTION = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "hardtanh",
+    F.silu: "swish",
+    F.hardswish: "hardswish",
+}
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str) -> Tensor:
+    """One member's fused step in plain torch: what every faster kernel must equal. (B, C, H, W)."""
+    padding, stride, dilation, groups = settings
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return ACTIVATIONS[activation][0](y)
+
+
+def convolve_add(
+    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str
+) -> Tensor:
+    """As `convolve`, with the residual added before the activation."""
+    return ACTIVATIONS[activation][0](convolve(x, weight, bias, settings, "none") + other)
+
+
+CONVOLUTIONS = (convolve, convolve_add)
+
+
+@dataclass
+class LoweredModel:
+    """The fused graph and what fills its slots.
+
+    Attributes:
+        graph: Nodes of the model; placeholders are the model's arguments and, by name, the slots.
+        root: Owner of the modules and constants that the graph still calls by name.
+        slots: Slot name -> weights, (M, ...) if named in `stacked`, else (...), the same for all members.
+        stacked: Names of the slots that differ between members.
+        batched: Nodes whose value differs between members.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    stacked: set[str] = field(default_factory=set)
+    batched: set[fx.Node] = field(default_factory=set)
+
+    def arguments(self) -> list[fx.Node]:
+        """The model's own arguments, in order."""
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.slots]
+
+
+def lower_model(model: nn.Module, members: StackedMembers) -> LoweredModel:
+    """Trace one member and fuse its convolutions with what follows them.
+
+    Args:
+        model: The architecture in eval mode; its own tensors may be on the meta device, they aren't read.
+        members: M stacked members; batch norm is folded into copies, theirs stay as they are.
+
+    Returns:
+        The graph, with folded weights as slots. Unfused layers keep views of the members' tensors.
+
+    Raises:
+        UnsupportedModel: The model can't be traced with torch.fx (control flow on values), or it trains.
+    """
+    if any(module.training for module in model.modules()):
+        raise UnsupportedModel("expected a model in eval mode, got training mode; call .eval()")
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:
+        raise UnsupportedModel(f"torch.fx can't trace {type(model).__name__}: {error}") from error
+    lowered = LoweredModel(graph, model)
+    _Lowering(lowered, {**members.shared, **members.stacked}, set(members.stacked)).run()
+    return lowered
+
+
+class _Lowering:
+    """One pass over a traced graph: layers with weights become functions of slots, then fuse."""
+
+    def __init__(self, lowered: LoweredModel, tensors: dict[str, Tensor], stacked: set[str]) -> None:
+        self.lowered, self.graph, self.root = lowered, lowered.graph, lowered.root
+        self.tensors, self.stacked_keys = tensors, stacked
+        self.by_id: dict[int, fx.Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and node.target in self.tensors:
+                self._replace(node, self._slot(node.target))
+            elif node.op == "call_module":
+                self._lower_module(node)
+            elif node.target is F.dropout and not _argument(node, 2, "training", True):
+                self._replace(node, node.args[0])
+            elif node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+                node.target = "reshape"  # channels_last values can't be viewed the way contiguous ones can
+        mark_batched(self.lowered)
+        for node in list(self.graph.nodes):
+            if node.target is convolve:
+                self._fuse(node)
+        _drop_unused_slots(self.lowered)
+        mark_batched(self.lowered)
+        self.graph.lint()
+
+    def _lower_module(self, node: fx.Node) -> None:
+        module = self.root.get_submodule(str(node.target))
+        keys = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+        if isinstance(module, _IDENTITIES):
+            self._replace(node, node.args[0])
+        elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+            self._lower_convolution(node, module)
+        elif isinstance(module, nn.Linear):
+            self._lower_linear(node, module)
+        elif any(f"{node.target}.{key}" in self.tensors for key in keys):
+            self._lower_generic(node, module, keys)
+
+    def _lower_convolution(self, node: fx.Node, module: nn.Conv2d) -> None:
+        padding: Any = module.padding
+        if isinstance(padding, str):
+            total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            if padding == "same" and any(t % 2 for t in total):
+                return self._lower_generic(node, module, ["weight"] + ["bias"] * (module.bias is not None))
+            padding = [t // 2 for t in total] if padding == "same" else [0, 0]
+        settings = [list(padding), list(module.stride), list(module.dilation), module.groups]
+        self._call(node, convolve, (*self._weights(node, module), settings, "none"))
+
+    def _lower_linear(self, node: fx.Node, module: nn.Linear) -> None:
+        self._call(node, F.linear, self._weights(node, module))
+
+    def _lower_generic(self, node: fx.Node, module: nn.Module, keys: list[str]) -> None:
+        """Any other layer with weights: call it with them, whatever it is."""
+        held = [key for key in keys if f"{node.target}.{key}" in self.tensors]
+        slots = {key: self._slot(f"{node.target}.{key}") for key in held}
+        with self.graph.inserting_before(node):
+            call = _ModuleCall(module)
+            new = self.graph.call_function(call, (slots, *node.args), dict(node.kwargs))
+        self._replace(node, new)
+
+    def _weights(self, node: fx.Node, module: Any) -> tuple[Any, ...]:
+        bias = None if module.bias is None else self._slot(f"{node.target}.bias")
+        return node.args[0], self._slot(f"{node.target}.weight"), bias
+
+    def _call(self, node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        with self.graph.inserting_before(node):
+            self._replace(node, self.graph.call_function(function, args))
+
+    def _replace(self, node: fx.Node, new: Any) -> None:
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def _slot(self, key: str) -> fx.Node:
+        """The placeholder for a member's tensor; tied tensors share one."""
+        if key not in self.tensors:
+            raise UnsupportedModel(f"no member holds '{key}', which the model's {key.rpartition('.')[0]} uses")
+        tensor = self.tensors[key]
+        if id(tensor) not in self.by_id:
+            self.by_id[id(tensor)] = self._new_slot(key, tensor, key in self.stacked_keys)
+        return self.by_id[id(tensor)]
+
+    def _new_slot(self, key: str, tensor: Tensor, stacked: bool) -> fx.Node:
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder("slot_" + key.replace(".", "_"))
+        self.lowered.slots[node.name] = tensor.detach()
+        if stacked:
+            self.lowered.stacked.add(node.name)
+            self.lowered.batched.add(node)
+        return node
+
+    def _fuse(self, node: fx.Node) -> None:
+        """Swallow, in this order, a batch norm, an addition, and an activation that only this node feeds."""
+        node = self._fold_batch_norm(node)
+        node = self._fuse_addition(node)
+        self._fuse_activation(node)
+
+    def _fold_batch_norm(self, node: fx.Node) -> fx.Node:
+        norm = _only_user(node)
+        module = norm.target.module if norm is not None and isinstance(norm.target, _ModuleCall) else None
+        if norm is None or not isinstance(module, nn.BatchNorm2d) or module.running_mean is None:
+            return node
+        weights: Any = norm.args[0]
+        slots: dict[str, fx.Node] = {k: slot for k, slot in weights.items() if k != "num_batches_tracked"}
+        own_norm = any(slot.name in self.lowered.stacked for slot in slots.values())
+        if own_norm and node not in self.lowered.batched:
+            return node  # a shared convolution stays ONE convolution: folding would make it M of them
+        weight, bias = self._folded(node, slots, module.eps)
+        node.update_arg(1, weight)
+        node.update_arg(2, bias)
+        self._replace(norm, node)
+        return node
+
+    def _folded(self, node: fx.Node, slots: dict[str, fx.Node], eps: float) -> tuple[fx.Node, fx.Node]:
+        """Slots for w * s and (b - mean) * s + beta, with s = gamma / sqrt(var + eps), stacked if any part is."""
+        weight_node, bias_node = node.args[1], node.args[2]
+        parts = [n for n in (weight_node, bias_node, *slots.values()) if isinstance(n, fx.Node)]
+        stacked = any(part.name in self.lowered.stacked for part in parts)
+
+        def value(slot: Any, default: float) -> Tensor:
+            if slot is None:
+                return torch.tensor(default)
+            tensor = self.lowered.slots[slot.name]
+            return tensor.unsqueeze(0) if stacked and slot.name not in self.lowered.stacked else tensor
+
+        scale = value(slots.get("weight"), 1.0) * torch.rsqrt(value(slots["running_var"], 0.0).double() + eps)
+        weight = value(weight_node, 0.0) * scale[..., None, None, None].to(self._dtype(weight_node))
+        bias = (value(bias_node, 0.0) - value(slots["running_mean"], 0.0)) * scale + value(slots.get("bias"), 0.0)
+        key = str(weight_node).removeprefix("slot_")
+        bias = bias.to(weight.dtype)
+        if stacked:  # a part that all members share is repeated: the other part differs
+            count = max(weight.shape[0], bias.shape[0])
+            weight, bias = weight.expand(count, *weight.shape[1:]), bias.expand(count, *bias.shape[1:])
+        return (
+            self._new_slot(f"{key}_folded", weight, stacked),
+            self._new_slot(f"{key}_folded_bias", bias, stacked),
+        )
+
+    def _dtype(self, slot: Any) -> torch.dtype:
+        return self.lowered.slots[slot.name].dtype
+
+    def _fuse_addition(self, node: fx.Node) -> fx.Node:
+        add = _only_user(node)
+        is_addition = add is not None and (
+            (add.op == "call_function" and add.target in _ADDITIONS)
+            or (add.op == "call_method" and add.target in ("add", "add_"))
+        )
+        if add is None or not is_addition or add.kwargs or len(add.args) != 2:
+            return node
+        other = add.args[1] if add.args[0] is node else add.args[0]
+        if not isinstance(other, fx.Node) or other is node:
+            return node
+        x, *rest = node.args
+        with self.graph.inserting_before(add):
+            new = self.graph.call_function(convolve_add, (x, other, *rest))
+        if node in self.lowered.batched or other in self.lowered.batched:
+            self.lowered.batched.add(new)
+        self._replace(add, new)
+        self.graph.erase_node(node)
+        return new
+
+    def _fuse_activation(self, node: fx.Node) -> None:
+        user = _only_user(node)
+        name = None if user is None else _activation_name(user, self.root)
+        if user is None or name is None:
+            return
+        node.args = (*node.args[:-1], name)
+        self._replace(user, node)
+
+
+class _ModuleCall:
+    """A layer as a function of its weights: call(weights, *args)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.__name__ = self.__qualname__ = f"call_{type(module).__name__}"
+        self.__module__ = __name__
+
+    def __call__(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, dict(weights), args, kwargs)
+
+
+def _activation_name(node: fx.Node, root: nn.Module) -> str | None:
+    if node.op == "call_module":
+        return _ACTIVATION_OF_MODULE.get(type(root.get_submodule(str(node.target))))
+    if node.op == "call_function":
+        return _ACTIVATION_OF_FUNCTION.get(node.target)  # type: ignore[arg-type]
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return "relu"
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _drop_unused_slots(lowered: LoweredModel) -> None:
+    for node in list(lowered.graph.nodes):
+        if node.name in lowered.slots and not node.users:
+            lowered.slots.pop(node.name)
+            lowered.stacked.discard(node.name)
+            lowered.batched.discard(node)
+            lowered.graph.erase_node(node)
+
+
+def mark_batched(lowered: LoweredModel) -> None:
+    """Find the nodes whose value differs between members: those that a stacked slot reaches."""
+    for node in lowered.graph.nodes:
+        if node.name in lowered.stacked or any(parent in lowered.batched for parent in node.all_input_nodes):
+            lowered.batched.add(node)
+
+
+def extract_program(lowered: LoweredModel, nodes: Iterable[fx.Node], outputs: Any) -> Program:
+    """A callable made of some of the graph's nodes.
+
+    Args:
+        lowered: The graph they are from.
+        nodes: The nodes to compute, in the graph's order.
+        outputs: What to return: nodes in any nesting of tuples, lists and dicts.
+
+    Returns:
+        The program; what its nodes take from outside are its inputs and slots, by name.
+    """
+    graph, copies, inside = fx.Graph(), {}, list(nodes)
+    wanted: list[fx.Node] = [parent for node in inside for parent in node.all_input_nodes]
+    fx.map_arg(outputs, wanted.append)
+    outer = list(dict.fromkeys(node for node in wanted if node not in set(inside)))
+    outer.sort(key=lambda node: node.name in lowered.slots)
+    for node in outer:
+        copies[node] = graph.placeholder(node.name)
+    for node in inside:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(fx.map_arg(outputs, lambda n: copies[n]))
+    inputs = tuple(node for node in outer if node.name not in lowered.slots)
+    slots = tuple(node.name for node in outer if node.name in lowered.slots)
+    return Program(graph, lowered.root, inputs, slots)
+
+
+@dataclass
+class Program:
+    """A part of the graph as a function: run(*inputs, *slots)."""
+
+    graph: fx.Graph
+    root: nn.Module
+    inputs: tuple[fx.Node, ...]
+    slots: tuple[str, ...]
+
+    def compile(self) -> Callable[..., Any]:
+        """The program as generated Python, which has no interpreter between two steps."""
+        return fx.GraphModule(self.root, self.graph).forward

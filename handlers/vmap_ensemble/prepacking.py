@@ -1,0 +1,117 @@
+"""Turns the plain convolutions of a lowered graph into oneDNN's fused ones, on weights packed once.
+
+oneDNN's convolution wants its weights in blocks that suit the CPU, and reorders plain ones on every call.
+Packed for the example's size they stay right for every other size: oneDNN reorders them where it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vmap_ensemble.lowering import ACTIVATIONS, CONVOLUTIONS, LoweredModel, UnsupportedModel, convolve
+
+_CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
+_ADD = torch.ops.mkldnn._convolution_pointwise.binary
+_ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
+
+
+def record_values(lowered: LoweredModel, nodes: list[fx.Node], example: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """Run the first member's plain graph once, to learn every value's kind and shape.
+
+    Raises:
+        UnsupportedModel: The example doesn't go through the model.
+    """
+    values: dict[fx.Node, Any] = dict(zip(lowered.arguments(), example, strict=False))
+    for node in lowered.graph.nodes:
+        if node.name in lowered.slots:
+            tensor = lowered.slots[node.name]
+            values[node] = tensor[0] if node.name in lowered.stacked else tensor
+    interpreter = fx.Interpreter(lowered.root, graph=lowered.graph)
+    interpreter.env = values
+    for node in nodes:
+        try:
+            values[node] = interpreter.run_node(node)
+        except Exception as error:
+            raise UnsupportedModel(f"the example doesn't fit the model at its step '{node.name}': {error}") from error
+    return values
+
+
+def pack_convolutions(
+    lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.Node, Any]
+) -> dict[str, list[Tensor]]:
+    """Replace plain convolutions by oneDNN's, in place.
+
+    Args:
+        lowered: The graph; each convolution gets a new slot, for packed weights.
+        nodes: Those of the graph to look at.
+        values: An example of every node's value.
+
+    Returns:
+        Slot name -> packed weights, one per member, or one in all if members share them.
+    """
+    packed: dict[str, list[Tensor]] = {}
+    order = {node: position for position, node in enumerate(lowered.graph.nodes)}
+    for node in nodes:
+        if node.target is convolve:
+            x, weight, bias, settings, activation = node.args
+            other = None
+        elif node.target in CONVOLUTIONS:
+            x, other, weight, bias, settings, activation = node.args
+        else:
+            continue
+        slot = _insert_slot(lowered, weight)
+        packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape))  # type: ignore[index]
+        in_place = other is not None and _is_consumable(node, x, other, order, values)
+        _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
+    return packed
+
+
+def _pack_weight(lowered: LoweredModel, weight: Any, settings: Any, input_size: list[int]) -> list[Tensor]:
+    tensor = lowered.slots[weight.name]
+    rows = tensor.unbind() if weight.name in lowered.stacked else (tensor,)
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    return [reorder(row.contiguous(), *settings, input_size) for row in rows]
+
+
+def _replace_call(
+    node: fx.Node, x: Any, other: Any, slot: fx.Node, bias: Any, settings: Any, activation: str, in_place: bool
+) -> None:
+    scalars = ACTIVATIONS[activation][1]
+    if other is None:
+        node.target = _CONVOLVE
+        node.args = (x, slot, bias, *settings, activation, scalars, "")
+        return
+    tensors = (other, x) if in_place else (x, other)
+    node.target = _ADD_IN_PLACE if in_place else _ADD
+    unary = None if activation == "none" else activation
+    node.args = (*tensors, slot, bias, *settings, "add", 1.0, unary, scalars, "")
+
+
+def _is_consumable(node: fx.Node, x: Any, other: Any, order: dict[fx.Node, int], values: dict[fx.Node, Any]) -> bool:
+    """Whether the sum may overwrite the residual: a convolution made it, and nothing reads it any more."""
+    made_here = other.target in (_CONVOLVE, _ADD, _ADD_IN_PLACE)
+    last_use = all(order[user] <= order[node] for user in other.users)
+    return made_here and last_use and other is not x and values[other].shape == values[node].shape
+
+
+def _insert_slot(lowered: LoweredModel, weight: Any) -> fx.Node:
+    """A slot for packed weights beside the plain ones, which another node may still need."""
+    with lowered.graph.inserting_after(weight):
+        slot = lowered.graph.placeholder(weight.name + "_packed")
+    lowered.slots[slot.name] = lowered.slots[weight.name]
+    if weight.name in lowered.stacked:
+        lowered.stacked.add(slot.name)
+        lowered.batched.add(slot)
+    return slot
+
+
+def member_slot(lowered: LoweredModel, packed: dict[str, list[Tensor]], name: str, index: int) -> Tensor:
+    """What fills a slot when the member of this index runs alone."""
+    stacked = name in lowered.stacked
+    if name in packed:
+        return packed[name][index if stacked else 0]
+    return lowered.slots[name][index] if stacked else lowered.slots[name]

@@ -1,0 +1,98 @@
+"""Turns the settings classes into docs/settings.md, so that the page can't fall behind the code.
+
+python -m scripts.settings_docs            writes the page
+python -m scripts.settings_docs --check    exits 1 when the page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "handlers"))
+
+from pydantic import TypeAdapter  # noqa: E402
+
+from vmap_ensemble import settings  # noqa: E402
+
+PAGE = ROOT / "docs" / "settings.md"
+HEAD = """# Settings
+
+Written by `python -m scripts.settings_docs` from `handlers/vmap_ensemble/settings.py`; don't edit it by hand.
+
+A block of `setup_config.json` says what one archive serves. `./archive.sh` reads these keys itself:
+
+| key | what it says |
+| --- | --- |
+| `members` | files, folders, globs, `torchvision:ResNet50_Weights.IMAGENET1K_V1`; a list, or `{name: path}` |
+| `labels` | a JSON file `{"0": "label", …}`; packed as `index_to_name.json` |
+| `model_config` | the yaml with TorchServe's settings of this model: batch size, delay, workers |
+| `model_file` | a `model.py` with an architecture of your own |
+| `extra_files` | further files for the archive's root |
+| `version` | the archive's version, `1.0` by default |
+| `allow_nan` | pack members although weights are NaN or infinite |
+
+All other keys go into the archive, where the handler checks them: an unknown one is refused with the nearest
+known name. Keys marked *worker* stand in the `handler:` section of the model-config yaml instead.
+"""
+
+
+def describe_type(schema: dict[str, Any]) -> str:
+    """A JSON Schema of one key in a few words."""
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(describe_type(part) for part in schema["anyOf"] if part.get("type") != "null")
+    words = {"integer": "whole number", "string": "text", "boolean": "true or false", "array": "list"}
+    kind = schema.get("type", "value")
+    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    limits = [f"{bound} {schema[key]:g}" for key, bound in bounds.items() if key in schema]
+    return " ".join([words.get(kind, kind), ", ".join(limits)]).strip()
+
+
+def rows_of(kind: type[settings.Settings], known: set[str]) -> list[str]:
+    """One table row per key that is not in `known`."""
+    properties = TypeAdapter(kind).json_schema()["properties"]
+    rows = []
+    for field in dataclasses.fields(kind):
+        if field.name in known:
+            continue
+        schema = properties[field.name]
+        default = "" if schema.get("default") in (None, "") else f"`{schema['default']}`"
+        worker = "*worker* " if field.name in settings.WORKER_KEYS else ""
+        text = schema["description"].removeprefix("Worker key: ")
+        rows.append(f"| `{field.name}` | {worker}{describe_type(schema)} | {default} | {text} |")
+    return rows
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    known: set[str] = set()
+    for title, kind in settings.DOCUMENTED.items():
+        table = ["| key | values | default | what it says |", "| --- | --- | --- | --- |"]
+        parts.append("\n".join([f"## {title}", "", *table, *rows_of(kind, known)]) + "\n")
+        known = set(settings.known_keys(settings.Settings))
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    page = render()
+    if parser.parse_args().check:
+        if PAGE.read_text(encoding="utf-8") != page:
+            print("docs/settings.md is out of date; run python -m scripts.settings_docs", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

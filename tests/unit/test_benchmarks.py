@@ -1,0 +1,185 @@
+"""The comparison scripts, run briefly, and the way they measure."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import resnet18
+
+from benchmarks import draw_sample_image, measure, mnist_vmap, resnet_vmap, vmap_comparison
+from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.mnist_net import MnistNet
+
+BRIEFLY = ["--iterations", "3", "--warmup", "1", "--threads", "1", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    path = tmp_path / "member.pt"
+    torch.save(MnistNet().state_dict(), path)
+    return path
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def test_rivals_take_turns_and_warm_up_is_not_counted() -> None:
+    order: list[str] = []
+    rivals = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = measure.measure_interleaved(rivals, CPU, warmup=2, iterations=5, block=2)
+    assert "".join(order) == "aabb" + "aabb" + "bbaa" + "ab"
+    assert [(t.name, t.calls) for t in timings] == [("a", 5), ("b", 5)]
+
+
+def test_a_slower_rival_is_measured_slower() -> None:
+    rivals = {"fast": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.02)}
+    fast, slow = measure.measure_interleaved(rivals, CPU, warmup=0, iterations=3)
+    assert fast.median_ms >= 1
+    assert slow.median_ms >= 20
+    assert slow.median_ms > fast.median_ms
+
+
+def test_summary_of_known_times() -> None:
+    timing = measure.summarise("x", [float(value) for value in range(1, 12)] + [1000.0])
+    assert timing.median_ms == 6.5
+    assert timing.mean_ms == pytest.approx(1066 / 12)
+    assert timing.p10_ms == pytest.approx(2.1)
+    assert timing.p90_ms == pytest.approx(10.9)
+    assert measure.summarise("one", [4.0]).p90_ms == 4.0
+
+
+@pytest.mark.parametrize("wrong", [{"warmup": -1}, {"iterations": 0}, {"block": 0}])
+def test_senseless_counts_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected a rival, warmup of 0 or more"):
+        measure.measure_interleaved({"a": lambda: None}, CPU, **wrong)
+
+
+def test_machine_is_described() -> None:
+    machine = measure.describe_machine(CPU)
+    assert machine["cores"] >= 1
+    assert machine["cpu"]
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == torch.get_num_threads()
+
+
+# --- comparing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+def test_mnist_comparison_writes_its_figures(members: int, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "out.json"
+    arguments = [*BRIEFLY, "--num_models", str(members), "--model_path", str(checkpoint), "--json", str(file)]
+    assert mnist_vmap.main([*arguments, "--batch_size", "2"]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["num_models"] == members
+    assert figures["batch_size"] == 2
+    assert figures["difference"]["equal"] is True
+    assert 0 <= figures["difference"]["largest_relative_difference"] <= 1e-5
+    loop, ours = figures["timings"]
+    assert (loop["name"], ours["name"]) == ("one after another", "vmapped ensemble")
+    assert loop["calls"] == ours["calls"] == 3
+    assert figures["ratio_of_medians"] == pytest.approx(loop["median_ms"] / ours["median_ms"])
+    printed = capsys.readouterr().out
+    assert f"3.png -> {figures['prediction']['label']}, probability" in printed
+    assert f"{figures['ratio_of_medians']:.2f}x" in printed
+
+
+def test_sanity_prediction_is_the_plain_models(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    mnist_vmap.main([*BRIEFLY, "--num_models", "1", "--model_path", str(checkpoint), "--json", str(file)])
+    model = MnistNet().eval()
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    pixels = torch.tensor(list(Image.open(mnist_vmap.SUBJECT.image_path).tobytes())).reshape(1, 1, 28, 28)
+    with torch.no_grad():
+        expected, label = model((pixels / 255 - 0.1307) / 0.3081).exp()[0].max(0)
+    prediction = json.loads(file.read_text())["prediction"]
+    assert prediction["label"] == str(int(label))
+    assert prediction["probability"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_resnet_comparison_runs_on_perturbed_copies(tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    torch.save({"state_dict": resnet18().state_dict()}, tmp_path / "resnet.pth")
+    file = tmp_path / "out.json"
+    assert (
+        resnet_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "resnet.pth"), "--json", str(file)]) == 0
+    )
+    figures = json.loads(file.read_text())
+    assert figures["network"] == "resnet18"
+    assert figures["members"] == "resnet.pth and 1 perturbed copies"
+    assert figures["difference"]["largest_relative_difference"] <= 1e-5
+    assert "sample.jpg ->" in capsys.readouterr().out
+
+
+def test_perturbed_copies_differ_and_repeat() -> None:
+    state = resnet18().state_dict()
+    first, again, other = (vmap_comparison.perturb(state, seed) for seed in (1, 1, 2))
+    assert torch.equal(first["conv1.weight"], again["conv1.weight"])
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    assert torch.equal(first["bn1.running_var"], state["bn1.running_var"])
+    change = (first["fc.weight"] - state["fc.weight"]).std() / state["fc.weight"].std()
+    assert change == pytest.approx(vmap_comparison.PERTURBATION, rel=0.05)
+
+
+def test_members_that_differ_from_the_ensemble_give_exit_1(monkeypatch, capsys) -> None:
+    right = EnsembleForward.__call__
+    monkeypatch.setattr(EnsembleForward, "__call__", lambda self, x: right(self, x) * 1.001)
+    monkeypatch.setattr(mnist_vmap, "SUBJECT", fresh_subject())
+    assert mnist_vmap.main(BRIEFLY) == 1
+    assert "differs from its members beyond the tolerance" in capsys.readouterr().err
+
+
+def fresh_subject() -> vmap_comparison.Subject:
+    """The MNIST subject on a machine where nothing was trained."""
+    subject = mnist_vmap.SUBJECT
+    return vmap_comparison.Subject(**{**vars(subject), "model_path": None})
+
+
+def test_nan_never_counts_as_equal() -> None:
+    nan = torch.full((1, 1, 2), float("nan"))
+    assert vmap_comparison.compare_outputs(nan, torch.ones(1, 1, 2))["equal"] is False
+
+
+def test_fresh_members_are_told_to_mean_nothing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(mnist_vmap, "SUBJECT", fresh_subject())
+    assert mnist_vmap.main(BRIEFLY) == 0
+    assert "seeded fresh weights, not trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_models", "0"], "--num_models: expected 1 or more, got 0"),
+        (["--iterations", "0"], "--iterations: expected 1 or more, got 0"),
+        (["--threads", "0"], "--threads: expected 1 or more, got 0"),
+        (["--device", "abacus"], "--device abacus: torch can't use it here"),
+        (["--image_path", "missing.png"], "--image_path missing.png: expected a picture"),
+        (["--model_path", "missing.pt"], "missing.pt: expected a checkpoint or a folder of them"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_2(arguments: list[str], message: str, capsys) -> None:
+    assert mnist_vmap.main([*BRIEFLY, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_network_is_refused(tmp_path: Path, capsys) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
+    assert mnist_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "linear.pt")]) == 2
+    assert "member '0-linear' does not fit MnistNet" in capsys.readouterr().err
+
+
+def test_unknown_architecture_is_refused(capsys) -> None:
+    assert resnet_vmap.main([*BRIEFLY, "--architecture", "resnet19"]) == 2
+    assert "--architecture resnet19: expected one of" in capsys.readouterr().err
+
+
+def test_drawn_picture_is_the_one_in_the_repository() -> None:
+    drawn = torch.frombuffer(bytearray(draw_sample_image.draw_landscape().tobytes()), dtype=torch.uint8)
+    kept = torch.frombuffer(bytearray(Image.open(resnet_vmap.IMAGE_PATH).tobytes()), dtype=torch.uint8)
+    assert (drawn.int() - kept.int()).abs().float().mean() < 6  # JPEG loses the grain

@@ -1,0 +1,284 @@
+"""The prepared convolutional forward equals the members' own forwards, or refuses and says why."""
+
+import collections
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
+from vmap_ensemble.errors import LoadError
+from vmap_ensemble.members import StackedMembers
+
+
+class Plain(nn.Module):
+    """The published MNIST net, narrower: functional activations and pooling, no batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
+        self.fc1, self.fc2 = nn.Linear(16 * 5 * 5, 12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        x = F.dropout(F.max_pool2d(x, 2), 0.5, self.training)
+        x = F.relu(self.fc1(x.view(x.size(0), -1)))
+        return F.log_softmax(self.fc2(x), dim=1)
+
+
+class Residual(nn.Module):
+    """Residual sums with and without a projection, so both the in-place and the plain sum run."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.a, self.a_norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.b_norm = nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+        self.project = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+        self.relu, self.pool, self.fc = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.relu(self.stem_norm(self.stem(x)))
+        y = self.a_norm(self.a(x))
+        y += x
+        y = self.relu(y)
+        y = self.relu(self.b_norm(self.b(y)) + self.project(y))
+        return self.fc(torch.flatten(self.pool(y), 1))
+
+
+class Mobile(nn.Module):
+    """Depthwise, dilated and `same` convolutions, gating, other activations, a norm that can't be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish())
+        self.depth = nn.Sequential(nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.BatchNorm2d(16), nn.ReLU6())
+        self.dilated = nn.Sequential(nn.Conv2d(16, 16, 3, padding="same", dilation=2), nn.SiLU())
+        self.even = nn.Conv2d(16, 16, 2, padding="same")
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+        self.norm, self.scale = nn.BatchNorm2d(16), nn.Parameter(torch.randn(16, 1, 1))
+        self.last = nn.Conv2d(16, 10, 1)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        x = self.even(self.dilated(self.depth(self.stem(x))))
+        x = x * self.gate(x) + 0.5
+        x = self.last(torch.relu(self.norm(x)) * self.scale)
+        return {"map": x, "logits": self.drop(x).mean((2, 3))}
+
+
+class Headed(nn.Module):
+    """A frozen trunk that all members share, and a head of their own with a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.head, self.fc = nn.Conv2d(8, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(self.head(self.trunk(x)).mean((2, 3)))
+
+
+CASES = {"plain": (Plain, (1, 14, 14)), "residual": (Residual, (3, 16, 16)), "mobile": (Mobile, (3, 20, 20))}
+
+
+def build_members(make, count, shared_prefix=None):
+    """Members with weights and batch statistics of their own; keys under the prefix are shared."""
+    torch.manual_seed(0)
+    models = [make().eval() for _ in range(count)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2.0)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.3)
+        if shared_prefix is not None:
+            own = {k: v for k, v in models[0].state_dict().items() if k.startswith(shared_prefix)}
+            model.load_state_dict(own, strict=False)
+    states = [model.state_dict() for model in models]
+    shared = {k: v for k, v in states[0].items() if shared_prefix is not None and k.startswith(shared_prefix)}
+    stacked = {k: torch.stack([state[k] for state in states]) for k in states[0] if k not in shared}
+    names = tuple(f"m{index}" for index in range(count))
+    return models, StackedMembers(names=names, stacked=stacked, shared=shared)
+
+
+def run_loop(models, x):
+    with torch.no_grad():
+        outputs = [model(x) for model in models]
+    if isinstance(outputs[0], dict):
+        return {key: torch.stack([output[key] for output in outputs]) for key in outputs[0]}
+    return torch.stack(outputs)
+
+
+def assert_equal(got, want):
+    if isinstance(want, dict):
+        assert list(got) == list(want)
+        for key in want:
+            assert_equal(got[key], want[key])
+        return
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+class CountCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_loop(case, packed, count):
+    make, shape = CASES[case]
+    models, members = build_members(make, count)
+    x = torch.randn(3, *shape)
+    forward = prepare(make().eval(), members, x, packed=packed, groups=1)
+    assert_equal(forward(x), run_loop(models, x))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_members_on_threads_keep_their_order(groups):
+    models, members = build_members(Residual, 5)
+    x = torch.randn(2, 3, 16, 16)
+    threads = torch.get_num_threads()
+    forward = prepare(Residual().eval(), members, x, groups=groups)
+    assert forward.groups == groups
+    for _ in range(3):
+        assert_equal(forward(x), run_loop(models, x))
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (7, 3, 16, 16), (2, 3, 33, 21)])
+def test_other_sizes_than_the_example(shape):
+    models, members = build_members(Residual, 2)
+    forward = prepare(Residual().eval(), members, torch.randn(2, 3, 16, 16))
+    x = torch.randn(shape)
+    assert_equal(forward(x), run_loop(models, x))
+
+
+def test_input_and_members_stay_as_they_are():
+    _, members = build_members(Residual, 2)
+    x = torch.randn(2, 3, 16, 16)
+    kept, stacked = x.clone(), {key: tensor.clone() for key, tensor in members.stacked.items()}
+    forward = prepare(Residual().eval(), members, x)
+    first = forward(x)
+    assert torch.equal(first, forward(x))
+    assert torch.equal(x, kept)
+    assert all(torch.equal(members.stacked[key], stacked[key]) for key in stacked)
+
+
+def test_meta_skeleton_is_enough():
+    models, members = build_members(Residual, 2)
+    x = torch.randn(2, 3, 16, 16)
+    forward = prepare(Residual().eval().to("meta"), members, x)
+    assert_equal(forward(x), run_loop(models, x))
+
+
+def test_batch_norm_and_residual_leave_no_step_of_their_own():
+    _, members = build_members(Residual, 2)
+    x = torch.randn(1, 3, 16, 16)
+    forward = prepare(Residual().eval(), members, x, groups=1)
+    with CountCalls() as counted:
+        forward(x)
+    steps = {name: n for name, n in counted.calls.items() if "mkldnn" in name}
+    assert steps == {"mkldnn::_convolution_pointwise": 6, "mkldnn::_convolution_pointwise_": 2}
+    assert not any("batch_norm" in name or "relu" in name for name in counted.calls)
+
+
+@pytest.mark.parametrize("shared_norm", [True, False])
+def test_shared_trunk_runs_once(shared_norm):
+    models, members = build_members(Headed, 5, "trunk")
+    if not shared_norm:  # a norm of each member's own must not turn the shared convolution into M of them
+        for key in [key for key in members.shared if key.startswith("trunk.1.")]:
+            members.stacked[key] = torch.stack([members.shared.pop(key)] * 5)
+        members.stacked["trunk.1.running_mean"] += torch.rand(5, 8)
+        for index, model in enumerate(models):
+            model.trunk[1].running_mean.copy_(members.stacked["trunk.1.running_mean"][index])
+    x = torch.randn(2, 3, 12, 12)
+    forward = prepare(Headed().eval(), members, x, groups=1)
+    assert_equal(forward(x), run_loop(models, x))
+    with CountCalls() as counted:
+        forward(x)
+    assert counted.calls["mkldnn::_convolution_pointwise"] == (2 + 5 if shared_norm else 1 + 5 + 5)
+
+
+def test_all_members_equal():
+    models, members = build_members(Headed, 3, "")
+    x = torch.randn(2, 3, 12, 12)
+    forward = prepare(Headed().eval(), members, x)
+    got = forward(x)
+    want = run_loop([models[0]] * 3, x)
+    assert_equal(got, want)
+
+
+def test_half_precision_is_refused():
+    members = StackedMembers(names=("a",), stacked={"weight": torch.ones(1, 2, 2).half()}, shared={})
+    with pytest.raises(UnsupportedModel, match=r"expected float32 weights, got \['torch.float16'\]"):
+        prepare(Plain().eval(), members, torch.randn(1, 1, 14, 14))
+
+
+def test_a_model_without_convolutions_is_refused():
+    _, members = build_members(lambda: nn.Sequential(nn.Linear(4, 2)), 2)
+    with pytest.raises(UnsupportedModel, match="Sequential has no 2-d convolution"):
+        prepare(nn.Sequential(nn.Linear(4, 2)).eval(), members, torch.randn(1, 4))
+
+
+def test_control_flow_on_values_is_refused():
+    class Branching(Plain):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    _, members = build_members(Branching, 2)
+    with pytest.raises(UnsupportedModel, match=r"torch.fx can't trace Branching: .*control flow"):
+        prepare(Branching().eval(), members, torch.randn(1, 1, 14, 14))
+
+
+def test_training_mode_is_refused():
+    _, members = build_members(Plain, 2)
+    with pytest.raises(LoadError, match="expected a model in eval mode"):
+        prepare(Plain().train(), members, torch.randn(1, 1, 14, 14))
+
+
+def test_a_missing_weight_is_refused():
+    _, members = build_members(Plain, 2)
+    del members.stacked["conv2.weight"]
+    with pytest.raises(LoadError, match=r"no member holds 'conv2.weight', which the architecture has"):
+        prepare(Plain().eval(), members, torch.randn(1, 1, 14, 14))
+
+
+def test_a_model_that_changes_from_call_to_call_is_refused():
+    class Noisy(Plain):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    _, members = build_members(Noisy, 2)
+    with pytest.raises(UnsupportedModel, match=r"member 'm0': the vmapped forward differs"):
+        prepare(Noisy().eval(), members, torch.randn(1, 1, 14, 14))
+
+
+def test_an_example_that_does_not_fit_is_refused():
+    _, members = build_members(Plain, 2)
+    with pytest.raises(UnsupportedModel, match="the example doesn't fit the model at its step 'convolve'"):
+        prepare(Plain().eval(), members, torch.randn(1, 2, 14, 14))
+
+
+def test_is_one_vmapped_call(monkeypatch):
+    _, members = build_members(Plain, 2)
+    x = torch.randn(1, 1, 14, 14)
+    forward = prepare(Plain().eval(), members, x)
+    import vmap_ensemble.convolution as module
+
+    calls = []
+    real = module.vmap
+    monkeypatch.setattr(module, "vmap", lambda *a, **k: calls.append(1) or real(*a, **k))
+    assert isinstance(forward, ConvolutionForward)
+    forward(x)
+    assert calls == [1]

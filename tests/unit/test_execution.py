@@ -1,0 +1,233 @@
+"""Every mode gives the loop's values, or says why it can't be had; `auto` is never slower than the loop."""
+
+import json
+import logging
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from vmap_ensemble import execution
+from vmap_ensemble.errors import LoadError, SettingsError
+from vmap_ensemble.execution import ExecutionOptions, build_execution
+from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.members import StackedMembers
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def build_forward(count=2, make=Net):
+    torch.manual_seed(0)
+    states = [make().state_dict() for _ in range(count)]
+    stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+    members = StackedMembers(names=tuple(f"m{i}" for i in range(count)), stacked=stacked, shared={})
+    return EnsembleForward(make().eval(), members)
+
+
+EXAMPLES = [(torch.randn(1, 1, 8, 8),), (torch.randn(3, 1, 8, 8),)]
+SHORT = ExecutionOptions(budget_s=5.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("mode", ["reference", "eager", "prepared", "auto"])
+def test_values_are_the_loops(mode, count):
+    forward = build_forward(count)
+    run = build_execution(mode, forward, EXAMPLES, SHORT)
+    for args in EXAMPLES:
+        torch.testing.assert_close(run(*args), forward.loop(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_a_named_mode_is_what_serves():
+    run = build_execution("reference", build_forward(), EXAMPLES)
+    assert (run.name, run.reason, run.candidates[0].difference) == ("reference", "asked for", 0.0)
+
+
+def test_compiled_is_compile_of_vmap(monkeypatch):
+    compiled = []
+
+    def compile_(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    forward = build_forward()
+    run = build_execution("compiled", forward, EXAMPLES)
+    torch.testing.assert_close(run(*EXAMPLES[1]), forward.loop(*EXAMPLES[1]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled[0](*EXAMPLES[0]), forward(*EXAMPLES[0]))
+    assert len(compiled) == 1
+
+
+def fail_to_compile(function):
+    raise RuntimeError("no C++ compiler\nmore lines")
+
+
+def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch, "compile", fail_to_compile)
+    with pytest.raises(LoadError, match=r"execution 'compiled' can't be had: RuntimeError: no C\+\+ compiler$"):
+        build_execution("compiled", build_forward(), EXAMPLES)
+
+
+def test_compiling_that_fails_under_auto_is_listed_and_logged(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", fail_to_compile)
+    monkeypatch.setattr(execution, "COMPILE_NEEDS_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        run = build_execution("auto", build_forward(), EXAMPLES, ExecutionOptions(budget_s=5.0))
+    refused = {candidate.name: candidate.refused for candidate in run.candidates if candidate.refused}
+    assert refused == {"compiled": "execution 'compiled' can't be had: RuntimeError: no C++ compiler"}
+    assert "execution 'compiled' is not a candidate" in caplog.text
+
+
+def test_auto_starts_no_compilation_it_has_no_time_for(monkeypatch):
+    monkeypatch.setattr(torch, "compile", fail_to_compile)
+    run = build_execution("auto", build_forward(), EXAMPLES, ExecutionOptions(budget_s=20.0))
+    (compiled,) = [candidate for candidate in run.candidates if candidate.name == "compiled"]
+    assert compiled.refused.startswith("needs 60 s of the budget, ")
+
+
+def slow_down(monkeypatch, names, pause_s=0.02):
+    """Make the named modes slow, so that the measured choice is known."""
+    real = execution._build
+
+    def build(name, forward, examples, options):
+        run = real(name, forward, examples, options)
+        if name not in names:
+            return run
+        return lambda *args: (time.sleep(pause_s), run(*args))[1]
+
+    monkeypatch.setattr(execution, "_build", build)
+
+
+@pytest.mark.parametrize("fastest", ["reference", "eager", "prepared"])
+def test_auto_keeps_the_fastest(monkeypatch, fastest):
+    slow_down(monkeypatch, {"reference", "eager", "prepared"} - {fastest})
+    run = build_execution("auto", build_forward(), EXAMPLES, SHORT)
+    assert run.name == fastest
+    rows = {candidate.name: candidate for candidate in run.candidates}
+    measured = [name for name, row in rows.items() if row.latency_ms]
+    assert measured == ["reference", "eager", "prepared"]
+    assert all(len(rows[name].latency_ms) == 2 for name in measured)
+    assert min(measured, key=lambda name: sum(rows[name].latency_ms)) == fastest
+    assert ("than the loop" if fastest == "reference" else "the speed of the loop") in run.reason
+
+
+def test_auto_keeps_the_loop_if_the_other_is_slower_on_one_example(monkeypatch):
+    real = execution._build
+    pauses_s = {"eager": {1: 0.0, 3: 0.05}, "reference": {1: 0.04, 3: 0.04}}
+
+    def build(name, forward, examples, options):
+        run = real(name, forward, examples, options)
+        if name not in pauses_s:
+            raise LoadError("not in this test")
+        return lambda *args: (time.sleep(pauses_s[name][args[0].shape[0]]), run(*args))[1]
+
+    monkeypatch.setattr(execution, "_build", build)
+    assert build_execution("auto", build_forward(), EXAMPLES, SHORT).name == "reference"
+
+
+def test_auto_refuses_a_candidate_with_other_values(monkeypatch):
+    real = execution._build
+    monkeypatch.setattr(
+        execution,
+        "_build",
+        lambda name, *rest: (lambda *args: real(name, *rest)(*args) * 1.01) if name == "eager" else real(name, *rest),
+    )
+    slow_down(monkeypatch, {"reference", "prepared"})
+    run = build_execution("auto", build_forward(), EXAMPLES, SHORT)
+    rows = {candidate.name: candidate for candidate in run.candidates}
+    assert run.name != "eager"
+    assert "differs from the member's own by" in rows["eager"].refused
+
+
+def test_the_choice_is_read_from_the_cache(monkeypatch, tmp_path):
+    slow_down(monkeypatch, {"reference", "eager"})
+    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path / "choices", archive_sha="abc")
+    forward = build_forward()
+    first = build_execution("auto", forward, EXAMPLES, options)
+    (path,) = (tmp_path / "choices").iterdir()
+    assert json.loads(path.read_text())["name"] == first.name == "prepared"
+
+    monkeypatch.setattr(execution._Auto, "_measure", lambda self: pytest.fail("measured again"))
+    again = build_execution("auto", forward, EXAMPLES, options)
+    assert again.name == "prepared"
+    assert again.reason == f"{first.reason} (measured at an earlier start)"
+    assert again.candidates == first.candidates
+    torch.testing.assert_close(again(*EXAMPLES[0]), forward.loop(*EXAMPLES[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["archive", "examples", "threads"])
+def test_a_choice_for_something_else_is_not_used(tmp_path, change):
+    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path, archive_sha="abc")
+    build_execution("auto", build_forward(), EXAMPLES, options)
+    examples = EXAMPLES[:1] if change == "examples" else EXAMPLES
+    if change == "archive":
+        options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path, archive_sha="other")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + (change == "threads"))
+    try:
+        again = build_execution("auto", build_forward(), examples, options)
+    finally:
+        torch.set_num_threads(before)
+    assert "earlier start" not in again.reason
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_broken_cache_is_logged_and_measured_anew(tmp_path, caplog):
+    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
+    build_execution("auto", build_forward(), EXAMPLES, options)
+    (path,) = tmp_path.iterdir()
+    path.write_text('{"key":')
+    again = build_execution("auto", build_forward(), EXAMPLES, options)
+    assert "can't be read, measuring again" in caplog.text
+    assert "earlier start" not in again.reason
+    assert json.loads(path.read_text())["name"] == again.name
+
+
+def test_a_cached_choice_that_no_longer_works_is_measured_anew(monkeypatch, tmp_path):
+    slow_down(monkeypatch, {"reference", "eager"})
+    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
+    assert build_execution("auto", build_forward(), EXAMPLES, options).name == "prepared"
+
+    def refuse(*args, **kwargs):
+        raise LoadError("not today")
+
+    monkeypatch.setattr(execution, "prepare", refuse)
+    again = build_execution("auto", build_forward(), EXAMPLES, options)
+    assert again.name in ("reference", "eager")
+    assert [candidate.refused for candidate in again.candidates if candidate.name == "prepared"] == ["not today"]
+
+
+def test_an_unwritable_cache_folder_is_logged(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path / "file")
+    run = build_execution("auto", build_forward(), EXAMPLES, options)
+    assert run.name in execution.MODES
+    assert "can't be stored" in caplog.text
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(SettingsError, match=r"execution: expected one of reference, eager, .*, got 'fast'"):
+        build_execution("fast", build_forward(), EXAMPLES)
+
+
+def test_no_example_is_refused():
+    with pytest.raises(LoadError, match="expected at least one example"):
+        build_execution("auto", build_forward(), [])
+
+
+def test_prepared_without_convolutions_is_refused_if_asked_for():
+    forward = build_forward(2, lambda: nn.Sequential(nn.Linear(4, 2)))
+    with pytest.raises(LoadError, match="Sequential has no 2-d convolution"):
+        build_execution("prepared", forward, [(torch.randn(1, 4),)])
+
+
+def test_cudagraph_is_refused_on_a_cpu():
+    with pytest.raises(LoadError, match="execution 'cudagraph': expected the members on a CUDA device, got cpu"):
+        build_execution("cudagraph", build_forward(), EXAMPLES)
