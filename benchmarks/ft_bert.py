@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import describe_machine, measure_interleaved
 from fastertransformer.build import ensure_library
 from fastertransformer.trace import DTYPES, trace_checkpoint
 from vmap_ensemble.ft_library import load_ft_library, load_traced
@@ -56,14 +55,16 @@ def find_minilm() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path) -> Any:
     """Return BERT with a sequence classifier in eval mode; a missing head is random with seed 0."""
     from transformers import BertForSequenceClassification
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    return BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return BertForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
 def make_batch(lengths: list[int], pad_to: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def make_batch(lengths: list[int], pad_to: int, vocabulary: int, device: str) ->
     return (ids * mask).to(device), mask.to(device)
 
 
-def export_onnx(model: nn.Module, file: Path) -> Any:
+def export_onnx(model: Any, file: Path) -> Any:
     """Return an ONNX Runtime session of the model with dynamic batch and length."""
     import onnxruntime
 
@@ -97,7 +98,7 @@ def export_onnx(model: nn.Module, file: Path) -> Any:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def list_rivals(model: nn.Module, traced: Any, session: Any, lengths: list[int], device: str) -> dict[str, Rival]:
+def list_rivals(model: Any, traced: Any, session: Any, lengths: list[int], device: str) -> dict[str, Rival]:
     """Return one callable per rival; inputs are made beforehand, so that a call is a forward and nothing else."""
     size = model.config.vocab_size
     full, longest = make_batch(lengths, FULL, size, device), make_batch(lengths, max(lengths), size, device)
@@ -115,38 +116,21 @@ def list_rivals(model: nn.Module, traced: Any, session: Any, lengths: list[int],
     return rivals
 
 
-def time_rivals(rivals: dict[str, Rival], rounds: int, device: str) -> dict[str, list[float]]:
-    """Return seconds per call; each round calls every rival once, so that a busy machine is busy for all."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    samples: dict[str, list[float]] = {name: [] for name in rivals}
-    for round_index in range(rounds + 5):
-        for name, call in rivals.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            if round_index >= 5:  # the first rounds warm up
-                samples[name].append(time.perf_counter() - start)
-    return samples
-
-
 def compare_cell(name: str, rivals: dict[str, Rival], rounds: int, device: str) -> list[dict[str, Any]]:
     """Return one row per rival of a cell: median, p10, p90, ratio to ours, largest difference to Hugging Face."""
     reference = rivals["hf_padded_to_longest"]().float()
-    samples = time_rivals(rivals, rounds, device)
-    ours = statistics.median(samples["ours"])
+    timings = {
+        t.name: t for t in measure_interleaved(rivals, torch.device(device), warmup=6, iterations=rounds, block=2)
+    }
+    ours = timings["ours"]
     rows = []
-    for rival, seconds in samples.items():
-        deciles = statistics.quantiles(seconds, n=10)
+    for rival, timing in timings.items():
         row = {
             "cell": name,
-            "rival": rival,
-            "median_ms": 1e3 * statistics.median(seconds),
-            "p10_ms": 1e3 * deciles[0],
-            "p90_ms": 1e3 * deciles[-1],
-            "ratio_to_ours": statistics.median(seconds) / ours,
+            **asdict(timing),
+            "ratio_to_ours": timing.median_ms / ours.median_ms,
             # On a machine that others use as well, undisturbed calls say more than the median.
-            "ratio_of_p10": deciles[0] / statistics.quantiles(samples["ours"], n=10)[0],
+            "ratio_of_p10": timing.p10_ms / ours.p10_ms,
             "max_difference": (rivals[rival]().float() - reference).abs().max().item(),
         }
         if rival in TARGETS.get(name, {}):
@@ -157,30 +141,16 @@ def compare_cell(name: str, rivals: dict[str, Rival], rounds: int, device: str) 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"{'cell':10} {'rival':24} {'median':>9} {'p10':>9} {'p90':>9} {'ratio':>6} {'p10 r.':>6} {'target':>6}  diff")
+    print(
+        f"{'cell':10} {'rival':24} {'median':>9} {'p10':>9} {'p90':>9} {'ratio':>6} {'p10 r.':>6} {'target':>6}  diff"
+    )
     for row in rows:
         target = f"{row['target']:.2f}" if "target" in row else ""
         print(
-            f"{row['cell']:10} {row['rival']:24} {row['median_ms']:6.2f} ms {row['p10_ms']:6.2f} ms "
+            f"{row['cell']:10} {row['name']:24} {row['median_ms']:6.2f} ms {row['p10_ms']:6.2f} ms "
             f"{row['p90_ms']:6.2f} ms {row['ratio_to_ours']:6.2f} {row['ratio_of_p10']:6.2f} {target:>6}  "
             f"{row['max_difference']:.1e}"
         )
-
-
-def describe_machine(device: str, data_type: str) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    chip = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    if device == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        chip = names[0] if names else chip
-    return {
-        "chip": chip,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "data_type": data_type,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -224,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure_cells(options)
     print_rows(rows)
     if options.json:
-        report = {"machine": describe_machine(options.device, options.data_type), "rows": rows}
+        machine = {**describe_machine(torch.device(options.device)), "data_type": options.data_type}
+        report = {"machine": machine, "rows": rows}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     missed = [row for row in rows if row["ratio_to_ours"] < row.get("target", 0.0)]
     return 1 if options.check and missed else 0

@@ -89,7 +89,7 @@ def list_units() -> list[tuple[str, Path, list[str]]]:
     """Return (object name, source, flags of its own) of every translation unit."""
     kernel = SOURCES / "attention_kernel.cpp"
     names = KERNELS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
-    units = [(p.stem, p, []) for p in sorted(SOURCES.glob("*.cpp")) if p != kernel]
+    units: list[tuple[str, Path, list[str]]] = [(p.stem, p, []) for p in sorted(SOURCES.glob("*.cpp")) if p != kernel]
     units += [
         (f"kernel_{name}", kernel, [*flags, f"-DFT_KERNEL_NAME=attend_head_{name}"]) for name, flags in names.items()
     ]
@@ -141,7 +141,7 @@ def ensure_library(library: Path = LIBRARY, sanitize: bool = False) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Build from the command line; 1 if it can't be done."""
     parser = argparse.ArgumentParser(description="Build libpyt_fastertransformer.so for the installed torch.")
-    parser.add_argument("--output", type=Path, default=LIBRARY, help="file to write (default: build/ of the repository)")
+    parser.add_argument("--output", type=Path, default=LIBRARY, help="file to write (default: in build/)")
     parser.add_argument("--force", action="store_true", help="build even if the file is current")
     parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")
     options = parser.parse_args(arguments)

@@ -6,6 +6,9 @@ are the tokens that are computed: the real ones (T) with padding removed, all B 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 PADDING_LOGIT = -10000.0
 
 
-def list_layer_tensors(layer: nn.Module) -> list[Tensor]:
+def list_layer_tensors(layer: Any) -> list[Tensor]:
     """Return the 17 tensors of one BERT layer in the order of the class's constructor; kernels are (in, out)."""
     attention = layer.attention
     own = attention.self
@@ -32,7 +35,11 @@ def list_layer_tensors(layer: nn.Module) -> list[Tensor]:
 class Embeddings(nn.Module):
     """Ids, positions and token types of R rows -> (R, H)."""
 
-    def __init__(self, source: nn.Module) -> None:
+    word: Tensor
+    position: Tensor
+    token_type: Tensor
+
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.register_buffer("word", source.word_embeddings.weight.detach())
         self.register_buffer("position", source.position_embeddings.weight.detach())
@@ -41,7 +48,7 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
         rows = F.embedding(ids, self.word)
-        if token_types is None:
+        if token_types is None:  # noqa: SIM108 (one branch a line reads better in TorchScript)
             rows = rows + self.token_type[0]
         else:
             rows = rows + F.embedding(token_types, self.token_type)
@@ -51,7 +58,7 @@ class Embeddings(nn.Module):
 class FasterLayer(nn.Module):
     """One encoder layer: the library's class as an attribute, so that TorchScript saves it with its tensors."""
 
-    def __init__(self, layer: nn.Module, index: int, count: int, remove_padding: bool) -> None:
+    def __init__(self, layer: Any, index: int, count: int, remove_padding: bool) -> None:
         super().__init__()
         own = layer.attention.self
         self.encoder = torch.classes.FasterTransformer.Encoder(
@@ -66,21 +73,29 @@ class FasterLayer(nn.Module):
 class PlainLayer(nn.Module):
     """The same layer in plain torch (model type `ths`): needs no library, removes no padding."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         own = layer.attention.self
         self.heads: int = own.num_attention_heads
         self.size: int = own.attention_head_size
         self.query, self.key, self.value = own.query, own.key, own.value
         self.attention_output, self.attention_norm = layer.attention.output.dense, layer.attention.output.LayerNorm
-        self.intermediate, self.output, self.norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
+        self.intermediate, self.output, self.norm = (
+            layer.intermediate.dense,
+            layer.output.dense,
+            layer.output.LayerNorm,
+        )
 
     def split(self, rows: Tensor) -> Tensor:
         """(B, S, H) -> (B, heads, S, size)."""
         return rows.view(rows.size(0), rows.size(1), self.heads, self.size).transpose(1, 2)
 
     def forward(self, hidden: Tensor, mask: Tensor, offsets: Tensor, sequence_id_offset: Tensor) -> Tensor:
-        query, key, value = self.split(self.query(hidden)), self.split(self.key(hidden)), self.split(self.value(hidden))
+        query, key, value = (
+            self.split(self.query(hidden)),
+            self.split(self.key(hidden)),
+            self.split(self.value(hidden)),
+        )
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask > 0)
         context = context.transpose(1, 2).reshape(hidden.shape)
         attended = self.attention_norm(self.attention_output(context) + hidden)
@@ -93,7 +108,7 @@ class PackedCore(nn.Module):
     The mask may have holes or padding on the left: rows keep their positions, as in Hugging Face.
     """
 
-    def __init__(self, embeddings: nn.Module, layers: list[nn.Module], max_length: int) -> None:
+    def __init__(self, embeddings: nn.Module, layers: Sequence[nn.Module], max_length: int) -> None:
         super().__init__()
         self.embeddings, self.layers, self.max_length = embeddings, nn.ModuleList(layers), max_length
 
@@ -128,7 +143,7 @@ class PackedCore(nn.Module):
 class PaddedCore(nn.Module):
     """Ids and mask (B, S) -> all rows (B * S, H); padding must be on the right, as BERT's tokenizers put it."""
 
-    def __init__(self, embeddings: nn.Module, layers: list[nn.Module], max_length: int) -> None:
+    def __init__(self, embeddings: nn.Module, layers: Sequence[nn.Module], max_length: int) -> None:
         super().__init__()
         self.embeddings, self.layers, self.max_length = embeddings, nn.ModuleList(layers), max_length
 
@@ -158,7 +173,7 @@ class PaddedCore(nn.Module):
 class SequenceClassifier(nn.Module):
     """(input_ids, attention_mask) -> logits (B, C)."""
 
-    def __init__(self, core: nn.Module, model: nn.Module) -> None:
+    def __init__(self, core: Any, model: Any) -> None:
         super().__init__()
         self.core, self.pooler, self.classifier = core, model.bert.pooler.dense, model.classifier
 
@@ -170,7 +185,7 @@ class SequenceClassifier(nn.Module):
 class TokenClassifier(nn.Module):
     """(input_ids, attention_mask) -> logits (B, S, C), zero where padding was removed."""
 
-    def __init__(self, core: nn.Module, model: nn.Module) -> None:
+    def __init__(self, core: Any, model: Any) -> None:
         super().__init__()
         self.core, self.classifier = core, model.classifier
 
@@ -182,7 +197,7 @@ class TokenClassifier(nn.Module):
 class QuestionAnswerer(nn.Module):
     """(input_ids, attention_mask) -> start and end logits, (B, S) each; padding gets PADDING_LOGIT."""
 
-    def __init__(self, core: nn.Module, model: nn.Module) -> None:
+    def __init__(self, core: Any, model: Any) -> None:
         super().__init__()
         self.core, self.outputs, self.padding_logit = core, model.qa_outputs, PADDING_LOGIT
 
@@ -204,7 +219,7 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 def convert_model(
-    model: nn.Module, mode: str, max_length: int, *, remove_padding: bool = True, plain: bool = False
+    model: Any, mode: str, max_length: int, *, remove_padding: bool = True, plain: bool = False
 ) -> nn.Module:
     """Rebuild a Hugging Face BERT from its own weights around the library's encoder layers.
 

@@ -23,7 +23,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastertransformer.build import LIBRARY, BuildError, ensure_library
 from fastertransformer.modules import HEADS, convert_model
@@ -64,8 +64,8 @@ def check_config(config: Any, max_length: int) -> None:
     """
     if config.model_type != "bert":
         raise TraceError(
-            f"model_type of the checkpoint: expected 'bert', got {config.model_type!r}; the FasterTransformer encoder "
-            "computes BERT's layers only. Serve this checkpoint with the BERT handler, which takes any architecture"
+            f"model_type of the checkpoint: expected 'bert', got {config.model_type!r}; the FasterTransformer "
+            "encoder computes BERT's layers only. Serve this checkpoint with the BERT handler"
         )
     for name, allowed in REQUIRED.items():
         value = getattr(config, name, allowed[0])
@@ -81,7 +81,7 @@ def check_config(config: Any, max_length: int) -> None:
         )
 
 
-def load_checkpoint(name: str, mode: str, max_length: int) -> nn.Module:
+def load_checkpoint(name: str, mode: str, max_length: int) -> Any:
     """Read a checkpoint's weights in eval mode; heads that the checkpoint lacks are an error, not random numbers.
 
     Raises:
@@ -97,7 +97,8 @@ def load_checkpoint(name: str, mode: str, max_length: int) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         check_config(config, max_length)
-        model, report = classes[mode].from_pretrained(
+        loader: Any = classes[mode]  # its stub omits output_loading_info, which returns a pair
+        model, report = loader.from_pretrained(
             name, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
@@ -111,7 +112,7 @@ def load_checkpoint(name: str, mode: str, max_length: int) -> nn.Module:
     return model.eval()
 
 
-def make_example(model: nn.Module, batch: int, length: int, device: str) -> Example:
+def make_example(model: Any, batch: int, length: int, device: str) -> Example:
     """Return a ragged batch of random ids: the first text fills the length, the others get shorter."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
@@ -129,7 +130,7 @@ def as_tuple(output: Any) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def measure_difference(traced: nn.Module, model: nn.Module, mode: str, example: Example) -> float:
+def measure_difference(traced: Any, model: Any, mode: str, example: Example) -> float:
     """Return the largest difference of logits on real tokens, with and without token types."""
     worst = 0.0
     for extra in ({}, {"token_type_ids": example.token_type_ids}):
@@ -144,7 +145,7 @@ def measure_difference(traced: nn.Module, model: nn.Module, mode: str, example: 
 
 
 def trace_checkpoint(
-    model: nn.Module,
+    model: Any,
     mode: str,
     output: Path,
     *,
@@ -175,9 +176,7 @@ def trace_checkpoint(
         TraceError: The difference exceeds TOLERANCES.
     """
     model = model.to(device=device, dtype=DTYPES[data_type])
-    scripted = torch.jit.script(
-        convert_model(model, mode, max_length, remove_padding=remove_padding, plain=plain)
-    )
+    scripted = torch.jit.script(convert_model(model, mode, max_length, remove_padding=remove_padding, plain=plain))
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.jit.save(scripted, str(partial))

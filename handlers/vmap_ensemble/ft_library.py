@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def load_ft_library(path: str | Path) -> None:
     try:
         torch.classes.load_library(str(path.resolve()))
     except OSError as error:
-        raise LoadError(_explain_load_failure(path, str(error))) from error
+        # torch wraps the linker's own message, which names the symbol, in an OSError without it.
+        raise LoadError(_explain_load_failure(path, str(error.__cause__ or error))) from error
     if not _has_encoder():
         raise LoadError(
             f"{path.name} loaded, but registers no class FasterTransformer.Encoder: it isn't a FasterTransformer "
@@ -63,8 +65,8 @@ def load_traced(path: str | Path, device: str | torch.device = "cpu") -> torch.j
     if bound and target.type != "cuda":
         raise LoadError(
             f"{path.name} was traced on {bound[1].decode()} and its code names that device, but this worker runs on "
-            f"{target.type}. Serve it on a GPU, or trace the checkpoint again with `python -m fastertransformer.trace`, "
-            "whose files run on both"
+            f"{target.type}. Serve it on a GPU, or trace the checkpoint again with "
+            "`python -m fastertransformer.trace`, whose files run on both"
         )
     if b"FasterTransformer" in code and not _has_encoder():
         raise LoadError(f"{path.name} needs the FasterTransformer library: load it first (load_ft_library)")
@@ -76,7 +78,8 @@ def load_traced(path: str | Path, device: str | torch.device = "cpu") -> torch.j
 
 def accepts_token_types(module: torch.jit.ScriptModule) -> bool:
     """Tell whether forward takes token_type_ids as a third input (files of NVIDIA's script take two)."""
-    return len(module.forward.schema.arguments) > 3  # self, input_ids, attention_mask, token_type_ids
+    forward: Any = module.forward
+    return len(forward.schema.arguments) > 3  # self, input_ids, attention_mask, token_type_ids
 
 
 def _has_encoder() -> bool:
@@ -104,8 +107,8 @@ def _explain_load_failure(path: Path, message: str) -> str:
     if symbol:
         return (
             f"{path.name} was built for another PyTorch than {torch.__version__} (undefined symbol "
-            f"{symbol[1][:120]}). Build it for this one with `python -m fastertransformer.build --force` and pack the "
-            "archive again"
+            f"{symbol[1][:120]}). Build it for this one with `python -m fastertransformer.build --force` and "
+            "pack the archive again"
         )
     needed = re.search(r"(\S+): cannot open shared object file", message)
     if needed and Path(needed[1]).name != path.name:
