@@ -35,14 +35,13 @@ def list_layer_tensors(layer: Any) -> list[Tensor]:
 class Embeddings(nn.Module):
     """Ids, positions and token types of R rows -> (R, H)."""
 
-    word: Tensor
-    position: Tensor
-    token_type: Tensor
-
     def __init__(self, source: Any) -> None:
         super().__init__()
+        self.word: Tensor
         self.register_buffer("word", source.word_embeddings.weight.detach())
+        self.position: Tensor
         self.register_buffer("position", source.position_embeddings.weight.detach())
+        self.token_type: Tensor
         self.register_buffer("token_type", source.token_type_embeddings.weight.detach())
         self.norm = source.LayerNorm
 
