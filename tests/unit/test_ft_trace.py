@@ -289,13 +289,30 @@ def test_missing_and_damaged_traced_files(tmp_path: Path) -> None:
         load_traced(tmp_path / "bad.pt")
 
 
-def rewrite(source: Path, target: Path, old: bytes, new: bytes) -> Path:
-    """Copy a traced file with its code changed."""
+def rewrite(source: Path, target: Path, changes: dict[bytes, bytes]) -> Path:
+    """Copy a traced file with the names in its code and pickles changed."""
     with zipfile.ZipFile(source) as old_zip, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new_zip:
         for name in old_zip.namelist():
             data = old_zip.read(name)
-            new_zip.writestr(name, data.replace(old, new) if name.endswith(".py") else data)
+            if name.endswith((".py", ".pkl")):
+                for old, new in changes.items():
+                    data = data.replace(old, new)
+            new_zip.writestr(name, data)
     return target
+
+
+def test_file_of_an_older_build_without_a_namespace(traced_mode, tmp_path: Path) -> None:
+    spaced, plain = b"__torch__.torch.classes.FasterTransformer", b"__torch__.torch.classes"
+    changes = {
+        spaced + b"\nEncoder\n": plain + b"\nFasterTransformerEncoder\n",
+        spaced + b".Encoder": plain + b".FasterTransformerEncoder",
+    }
+    old = load_traced(rewrite(traced_mode[3], tmp_path / "old.pt", changes))
+    ids, mask, _ = make_batch([6, 20, 1])
+    expected = traced_mode[2](ids, mask)
+    torch.testing.assert_close(old(ids, mask), expected, rtol=0, atol=0)
+    old.save(str(tmp_path / "again.pt"))
+    torch.testing.assert_close(load_traced(tmp_path / "again.pt")(ids, mask), expected, rtol=0, atol=0)
 
 
 def test_traced_before_the_library_is_loaded(traced_mode) -> None:
@@ -307,7 +324,7 @@ def test_traced_before_the_library_is_loaded(traced_mode) -> None:
 
 
 def test_traced_for_another_class_version(traced_mode, tmp_path: Path) -> None:
-    file = rewrite(traced_mode[3], tmp_path / "t.pt", b"FasterTransformer.Encoder", b"FasterTransformer.Decoder")
+    file = rewrite(traced_mode[3], tmp_path / "t.pt", {b"FasterTransformer.Encoder": b"FasterTransformer.Decoder"})
     with pytest.raises(LoadError, match="another version of the FasterTransformer class"):
         load_traced(file)
 
