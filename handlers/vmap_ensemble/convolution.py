@@ -259,7 +259,8 @@ def _check_equal(
         raise UnsupportedModel(f"the prepared {name} doesn't run: {error}") from error
 
 
-_GROUP_ROUNDS = 5  # timed rounds per candidate, after one to warm up
+_GROUP_ROUNDS = 5  # timed rounds per candidate at most, after one to warm up
+_GROUP_BUDGET_S = 3.0  # but only one round once this has passed
 
 
 def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None) -> None:
@@ -270,11 +271,15 @@ def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Te
         forward.groups = groups or 1
         return
     times_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
-    for _, candidate in itertools.product(range(_GROUP_ROUNDS + 1), candidates):
-        forward.groups = candidate
-        started = time.perf_counter()
-        forward(*example)
-        times_s[candidate].append(time.perf_counter() - started)
+    deadline_s = time.perf_counter() + _GROUP_BUDGET_S
+    for round_ in range(_GROUP_ROUNDS + 1):
+        if round_ > 1 and time.perf_counter() > deadline_s:
+            break
+        for candidate in candidates:
+            forward.groups = candidate
+            started = time.perf_counter()
+            forward(*example)
+            times_s[candidate].append(time.perf_counter() - started)
     forward.groups = min(candidates, key=lambda candidate: statistics.median(times_s[candidate][1:]))
     forward.keep_groups()
     forward.reason += f", {forward.groups} members at a time"

@@ -1,6 +1,7 @@
 """The prepared convolutional forward equals the members' own forwards, or refuses and says why."""
 
 import collections
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
 
 
@@ -282,3 +284,53 @@ def test_is_one_vmapped_call(monkeypatch):
     assert isinstance(forward, ConvolutionForward)
     forward(x)
     assert calls == [1]
+
+
+def test_the_faster_share_of_threads_is_kept(monkeypatch):
+    """With every run of one member at a time slowed down, two at a time must win, and the other way round."""
+    from vmap_ensemble import convolution
+
+    models, members = build_members(Plain, 4)
+    x = torch.randn(1, 1, 14, 14)
+    real = convolution._Body.run_all
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for slow, fast in ((1, 2), (2, 1)):
+
+            def run_all(body, inputs, slow=slow):
+                time.sleep(0.05 if body.threads.groups == slow else 0)
+                return real(body, inputs)
+
+            monkeypatch.setattr(convolution._Body, "run_all", run_all)
+            forward = prepare(Plain().eval(), members, x)
+            assert forward.groups == fast
+            assert forward.reason.endswith(f"{fast} members at a time")
+            assert_equal(forward(x), run_loop(models, x))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_member_that_fails_on_its_thread_fails_the_call():
+    threads = MemberThreads(2)
+
+    def fail(job):
+        raise ArithmeticError(f"job {job}")
+
+    with pytest.raises(ArithmeticError, match="job"):
+        threads.map(fail, [1, 2, 3])
+    assert threads.map(lambda job: job * 2, [1, 2, 3]) == [2, 4, 6]
+    threads.close()
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(ValueError, match="groups is 0; expected 1 or more"):
+        MemberThreads(0)
+
+
+def test_members_on_their_threads_compute_with_their_share():
+    before = torch.get_num_threads()
+    threads = MemberThreads(2)
+    assert set(threads.map(lambda _: torch.get_num_threads(), range(8))) == {max(1, before // 2)}
+    assert torch.get_num_threads() == before
+    threads.close()
