@@ -56,12 +56,15 @@ class ConvolutionForward:
         convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
         self._arguments = lowered.arguments()
         packed = pack_convolutions(lowered, head, values) if head else {}
-        # Sizes and other plain values are cheap, so members recompute them; tensors come from the trunk.
-        own = [n for n in head if n in lowered.batched or not isinstance(values[n], Tensor)]
+        # Sizes and other plain values are cheap: each part works them out anew, and only tensors are passed on.
+        plain = {n for n in head if not isinstance(values[n], Tensor)}
+        own = [n for n in head if n in lowered.batched or n in plain]
         shared = [n for n in head if n not in lowered.batched]
-        body_outputs = _used_by(own, [*tail, output], lowered)
+        tail = [*_needed_by(plain, head, [*tail, output]), *tail]
+        used = [n for n in head if n not in plain]
+        body_outputs = [n for n in _used_by(used, [*tail, output]) if n in lowered.batched]
         self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
-        trunk_outputs = _used_by(shared, [*own, *tail, output], None)
+        trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in lowered.batched]
         self._trunk = extract_program(lowered, shared, tuple(trunk_outputs))
         self._run_trunk = self._trunk.compile()
         self._trunk_slots = [packed.get(name, [lowered.slots.get(name)])[0] for name in self._trunk.slots]
@@ -109,7 +112,7 @@ class ConvolutionForward:
 
     def _member(self, env: dict[fx.Node, Any], index: Tensor, *slots: Tensor) -> Any:
         if self._body:
-            inputs = [env[node] for node in self._body.program.inputs if isinstance(env[node], Tensor)]
+            inputs = [env[node] for node in self._body.program.inputs]
             outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, inputs)
             env = {**env, **dict(zip(self._body_outputs, outputs, strict=True))}
         return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
@@ -236,11 +239,19 @@ def _find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
     return cut
 
 
-def _used_by(nodes: list[fx.Node], later: list[fx.Node], lowered: LoweredModel | None) -> list[fx.Node]:
-    """Which of the nodes later ones need; with `lowered`, only those that differ between members."""
+def _used_by(nodes: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
+    """Which of the nodes later ones take."""
     users = set(later)
-    used = [n for n in nodes if users.intersection(n.users)]
-    return used if lowered is None else [n for n in used if n in lowered.batched]
+    return [node for node in nodes if users.intersection(node.users)]
+
+
+def _needed_by(plain: set[fx.Node], head: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
+    """Which plain values later nodes take, and what those are worked out from, in the graph's order."""
+    needed = set(later)
+    for node in reversed(head):
+        if node in plain and needed.intersection(node.users):
+            needed.add(node)
+    return [node for node in head if node in needed]
 
 
 def _to_channels_last(tensor: Tensor) -> Tensor:

@@ -83,7 +83,28 @@ class Headed(nn.Module):
         return self.fc(self.head(self.trunk(x)).mean((2, 3)))
 
 
-CASES = {"plain": (Plain, (1, 14, 14)), "residual": (Residual, (3, 16, 16)), "mobile": (Mobile, (3, 20, 20))}
+class Patches(nn.Module):
+    """The sizes of a convolution's output are used behind the last convolution, and so is a split of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 6)
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        tokens = self.project(x)
+        first, second = tokens.chunk(2, 1)
+        hidden = tokens.shape[1]
+        tokens = self.fc(tokens.reshape(batch, hidden, (height // 4) * (width // 4)).permute(0, 2, 1))
+        return {"tokens": tokens, "gate": torch.sigmoid(first) * second / hidden, "sum": tokens.sum(1)}
+
+
+CASES = {
+    "plain": (Plain, (1, 14, 14)),
+    "residual": (Residual, (3, 16, 16)),
+    "mobile": (Mobile, (3, 20, 20)),
+    "patches": (Patches, (3, 16, 16)),
+}
 
 
 def build_members(make, count, shared_prefix=None):
