@@ -1,9 +1,9 @@
 """Turns a convolutional network and its stacked members into a vmapped forward that beats the loop.
 
 A vmapped convolution is a grouped convolution, which is slower than the loop on a CPU. Here the member's
-graph is lowered (folded batch norm, fused relu and residual), and up to the last convolution it becomes one
-custom operator with a vmap rule of its own: under vmap it runs the members on oneDNN's prepacked weights,
-spread over the cores. The rest of the graph runs under the stock rules, in the same vmap call.
+graph is lowered (folded batch norm, fused relu and residual), and becomes one custom operator with a vmap
+rule of its own: under vmap it runs the members on oneDNN's prepacked weights, spread over the cores. What all
+members share runs once, and heads without convolutions run under the stock rules, in the same vmap call.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class ConvolutionForward:
 
 
 class _Body:
-    """The part of the network that differs between members, up to its last convolution."""
+    """The part of the network that differs between members, as far as the operator goes."""
 
     def __init__(
         self,
@@ -228,15 +228,17 @@ def prepare(
 
 
 def _find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
-    """Where the per-member part ends: after the last convolution and the weightless steps behind it.
+    """Up to which node the network belongs to the operator that spreads members over the cores.
 
-    A linear layer behind it reads its weights once per batch and is bound by memory: one batched matrix
-    product over all members, which is what the stock rule makes of it, is measured faster than M products.
+    All of it, if members have convolutions of their own: a linear layer behind them is measured faster on the
+    core where its member's convolutions ran than as one batched product over all members, for which the cores
+    wait for one another. If only heads behind a shared trunk differ, the trunk alone, and the stock rules
+    make batched products of the heads.
     """
-    cut = max(index for index, node in enumerate(nodes) if node.target in CONVOLUTIONS) + 1
-    while cut < len(nodes) and not any(n.name in lowered.slots for n in nodes[cut].all_input_nodes):
-        cut += 1
-    return cut
+    convolutions = [index for index, node in enumerate(nodes) if node.target in CONVOLUTIONS]
+    if any(nodes[index] in lowered.batched for index in convolutions):
+        return len(nodes)
+    return convolutions[-1] + 1
 
 
 def _used_by(nodes: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:

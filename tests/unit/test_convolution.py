@@ -233,6 +233,26 @@ def test_shared_trunk_runs_once(shared_norm):
     assert counted.calls["mkldnn::_convolution_pointwise"] == (2 + 5 if shared_norm else 1 + 5 + 5)
 
 
+def test_heads_behind_a_shared_trunk_are_one_batched_product():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.fc = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc(self.trunk(x).mean((2, 3)))
+
+    models, members = build_members(Heads, 5, "trunk")
+    x = torch.randn(2, 3, 12, 12)
+    forward = prepare(Heads().eval(), members, x)
+    assert_equal(forward(x), run_loop(models, x))
+    with CountCalls() as counted:
+        forward(x)
+    assert counted.calls["mkldnn::_convolution_pointwise"] == 1
+    assert counted.calls["vmap_ensemble::run_member"] == 0
+    assert counted.calls["aten::bmm"] + counted.calls["aten::mm"] + counted.calls["aten::addmm"] == 1
+
+
 def test_all_members_equal():
     models, members = build_members(Headed, 3, "")
     x = torch.randn(2, 3, 12, 12)
@@ -320,7 +340,7 @@ def test_the_faster_share_of_threads_is_kept(monkeypatch):
         for slow, fast in ((1, 2), (2, 1)):
 
             def run_all(body, inputs, slow=slow):
-                time.sleep(0.05 if body.threads.groups == slow else 0)
+                time.sleep(0.3 if body.threads.groups == slow else 0)
                 return real(body, inputs)
 
             monkeypatch.setattr(convolution._Body, "run_all", run_all)
