@@ -1,14 +1,13 @@
-"""Turns a padded batch of texts into one row of tokens for the encoder, and its outputs back into a batch.
+"""Turns a padded batch of texts into one row of real tokens, attends within each text, and turns rows back.
 
-    (B, S) ids and mask -> (1, T) ids and positions, T real tokens -> encoder -> (1, T, H) -> (B, S, ...)
+    (B, S) mask -> Packing -> (1, T, H) rows, T real tokens -> (B, S, H)
 
-Padding is neither embedded nor multiplied; attention runs per text. The effective transformer's idea
-(https://github.com/bytedance/effective_transformer), on any encoder that asks transformers' AttentionInterface.
+Everything here works on one member's tensors and, inside vmap, on all members' at once. The effective
+transformer's idea (https://github.com/bytedance/effective_transformer).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,55 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils import _pytree as pytree
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.auto import modeling_auto
 
-from vmap_ensemble.batching_rules import FastRules, peel, run_on_members
-from vmap_ensemble.errors import LoadError, RequestError
-from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.members import StackedMembers
-
-logger = logging.getLogger(__name__)
+from vmap_ensemble.batching_rules import peel, run_on_members
+from vmap_ensemble.errors import RequestError
 
 ATTENTION = "vmap_ensemble_packed"
-
-Positions = Callable[[Tensor, int], Tensor]
-
-
-def count_columns(input_ids: Tensor, _padding_id: int) -> Tensor:
-    """Position ids of BERT: the column. (B, S) -> (B, S)."""
-    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-
-
-def count_real_tokens(input_ids: Tensor, padding_id: int) -> Tensor:
-    """Position ids of RoBERTa: counted over what isn't the padding token, from padding_id + 1. (B, S) -> (B, S)."""
-    real = input_ids.ne(padding_id)
-    return real.cumsum(1) * real + padding_id
-
-
-# Encoders that ask the AttentionInterface and take position_ids; the others are padded to the longest text.
-POSITIONS: dict[str, Positions] = {
-    "bert": count_columns,
-    "distilbert": count_columns,
-    "electra": count_columns,
-    "roberta": count_real_tokens,
-    "xlm-roberta": count_real_tokens,
-    "camembert": count_real_tokens,
-}
-_FIRST_TOKEN_HEADS = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-_TOKEN_HEADS = frozenset(
-    name
-    for mapping in (
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-    for name in mapping.values()
-)
 
 
 @dataclass(frozen=True)
@@ -253,118 +211,3 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 AttentionInterface.register(ATTENTION, _attention_forward)
 AttentionMaskInterface.register(ATTENTION, _make_mask)
-
-
-class PackedEncoderForward(EnsembleForward):
-    """The vmapped forward of a Hugging Face encoder that computes no padding.
-
-    Arguments of a call: input_ids (B, S), attention_mask (B, S), token_type_ids (B, S) or None. Outputs as the
-    model's own, each tensor (M, B, ...); those per token are zero at padding. `loop` is the plain padded loop.
-
-    Args:
-        model: An encoder with any head, in eval mode.
-        members: Its stacked members.
-        prepack: Keep the matrices in oneDNN's order as well, for short inputs on a CPU (their size once more).
-
-    Raises:
-        LoadError: The model has no encoder that transformers knows as its base model.
-    """
-
-    def __init__(self, model: PreTrainedModel, members: StackedMembers, prepack: bool = True) -> None:
-        super().__init__(model, members)
-        self._rules = FastRules(members.stacked if prepack else None)
-        self.rules = lambda: self._rules
-        self._encoder = find_encoder(model)
-        self._padding_id = int(model.config.pad_token_id or 0)
-        self._positions = POSITIONS.get(model.config.model_type)
-        self._per_token = type(model).__name__ in _TOKEN_HEADS
-        self._first_only = type(model).__name__ in _FIRST_TOKEN_HEADS
-        if self._positions is None:
-            name = model.config.model_type
-            logger.warning("padding of '%s' can't be removed: it is padded to the longest text", name)
-        else:
-            model.set_attn_implementation(ATTENTION)
-
-    @property
-    def packs(self) -> bool:
-        """Whether padding is removed; otherwise it is cut to the longest text."""
-        return self._positions is not None
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
-        """Run every member on one batch of texts in one vmapped call; see the class."""
-        if self._positions is None:
-            return self._run_padded(input_ids, attention_mask, token_type_ids)
-        packing = pack(attention_mask)
-        positions = self._positions(input_ids, self._padding_id)
-        ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
-        types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
-        with packed(packing), self._unpacking(packing):
-            outputs = self._run(ids, None, types, places)
-        if self._per_token:
-            outputs = pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
-        return outputs
-
-    @contextmanager
-    def _unpacking(self, packing: Packing) -> Iterator[None]:
-        """Within it the encoder hands its head what the head expects: a batch."""
-        if self._per_token:
-            yield  # such a head treats every token alike, so it runs on the packed row
-            return
-        turn = take_first if self._first_only else unpack
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            output.last_hidden_state = turn(output.last_hidden_state, packing)
-            return output
-
-        handle = self._encoder.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _run_padded(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Any:
-        width = int(attention_mask.bool().any(0).nonzero().max()) + 1
-        types = None if token_type_ids is None else token_type_ids[:, :width]
-        return self._run(input_ids[:, :width], attention_mask[:, :width], types, None)
-
-    def _run(self, *inputs: Tensor | None) -> Any:
-        in_dims = (0, 0, None, *(None for _ in inputs))
-        with self.rules():
-            return vmap(self._member, in_dims=in_dims)(self._index, self._own, self.members.shared, *inputs)
-
-    def _member(self, _index: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor], *inputs: Any) -> Any:
-        keywords = _name_inputs(*inputs)
-        return functional_call(self.model, self._join_ties({**shared, **own}), (), keywords)
-
-    def member(self, index: int, *inputs: Any) -> Any:
-        """Run one member alone, as Hugging Face does: padded, without vmap; outputs (B, ...)."""
-        return functional_call(self.model, self.member_state(index), (), _name_inputs(*inputs))
-
-
-def _name_inputs(
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> dict[str, Tensor]:
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "position_ids": position_ids,
-    }
-    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
-
-
-def find_encoder(model: PreTrainedModel) -> nn.Module:
-    """The submodule that holds the base model's layers.
-
-    Raises:
-        LoadError: There is none.
-    """
-    for name in ("encoder", "transformer"):
-        encoder = getattr(model.base_model, name, None)
-        if isinstance(encoder, nn.Module):
-            return encoder
-    where = f"'encoder' or 'transformer' in its {type(model.base_model).__name__}"
-    raise LoadError(f"{type(model).__name__}: expected the layers under {where}, found neither")

@@ -13,9 +13,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.encoder import PackedEncoderForward, build_encoder_forward, find_encoder
+from vmap_ensemble.errors import LoadError, RequestError
 from vmap_ensemble.members import stack_members
-from vmap_ensemble.packing import PackedEncoderForward, attend_packed, boundaries, pack, take_first, unpack
+from vmap_ensemble.packing import attend_packed, boundaries, pack, take_first, unpack
 
 BASE = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -49,7 +50,7 @@ def build(architecture, head, members):
             for parameter in model.parameters():  # fresh biases and norms are 0 and 1: the same in all members
                 parameter.add_(0.05 * torch.randn_like(parameter))
         states[f"m{seed}"] = model.state_dict()
-    return PackedEncoderForward(model, stack_members(states))
+    return build_encoder_forward(model, stack_members(states))
 
 
 def make_batch(lengths, width=None, padding=0):
@@ -153,7 +154,16 @@ def test_what_cannot_be_packed_is_said_once(caplog):
         forward(ids, mask), forward(ids, mask)
     lines = [record.message for record in caplog.records if "mpnet" in record.message]
     assert lines == ["padding of 'mpnet' can't be removed: it is padded to the longest text"]
-    assert not forward.packs
+    assert not isinstance(forward, PackedEncoderForward)
+    with pytest.raises(LoadError, match="padding of 'mpnet' can't be removed; expected one of bert, distilbert"):
+        PackedEncoderForward(forward.model, forward.members)
+
+
+def test_a_model_without_an_encoder_is_refused():
+    forward = build("bert", "base", 1)
+    del forward.model.encoder
+    with pytest.raises(LoadError, match="BertModel: expected the layers under 'encoder' or 'transformer'"):
+        find_encoder(forward.model)
 
 
 def test_pack_groups_texts_by_length():
