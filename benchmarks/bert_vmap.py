@@ -4,7 +4,6 @@ python -m benchmarks.bert_vmap --json bert.json
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -129,9 +128,8 @@ def export_to_onnx(modules: list[PreTrainedModel], threads: int) -> Run:
         )  # fmt: skip
         if program is None:
             raise EnsembleError("ONNX Runtime: the exporter returned no program")
-        buffer = io.BytesIO()
-        program.save(buffer)
-        sessions.append(onnxruntime.InferenceSession(buffer.getvalue(), settings, ["CPUExecutionProvider"]))
+        model = program.model_proto.SerializeToString()
+        sessions.append(onnxruntime.InferenceSession(model, settings, ["CPUExecutionProvider"]))
 
     def run(inputs: Inputs) -> Tensor:
         names = [entry.name for entry in sessions[0].get_inputs()]
