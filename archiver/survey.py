@@ -93,7 +93,8 @@ def survey_members(
     """
     labels = _labels(sources)
     states: list[State] = []
-    hashes, left_out = [], []
+    hashes: list[str] = []
+    left_out: list[str] = []
     for source in sources:
         step(f"read {source.name}")
         states.append(read_state_dict(source.path))
