@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ts.context import Context, RequestProcessor
 
 from mnist_handler import MnistHandler
+from vmap_ensemble.checkpoints import find_ties
 from vmap_ensemble.members import Manifest, Member, hash_file
 from vmap_ensemble.mnist_net import MnistNet
 
@@ -34,8 +35,10 @@ def write_archive(folder, states, settings=None, shared=None):
             name, f"members/{path.name}", hash_file(path), f"{name}.pt", path.stat().st_size, hash_file(path)
         )
 
-    rows = tuple(row(name, state) for name, state in states.items())
-    manifest = Manifest(rows, row("shared", shared) if shared else None)
+    ties = find_ties(list(states.values()))
+    kept = {name: {k: t for k, t in state.items() if k not in ties} for name, state in states.items()}
+    rows = tuple(row(name, state) for name, state in kept.items())
+    manifest = Manifest(rows, row("shared", shared) if shared else None, ties)
     (folder / "members.json").write_text(manifest.to_json())
     (folder / "setup_config.json").write_text(json.dumps({"name": "ens", "execution": "eager", **(settings or {})}))
     return folder

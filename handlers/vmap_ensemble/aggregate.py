@@ -75,9 +75,8 @@ def combine_classes(
     finite = ~(logits.isnan() | (logits == torch.inf)).any(-1) & (logits > -torch.inf).any(-1)
     own = torch.where(finite[..., None], logits, 0.0).log_softmax(-1)
     own_probabilities = own.exp() * finite[..., None]
-    share = weights.to(logits) * finite
+    share = share_weights(weights, finite)
     used = share > 0
-    share = share / share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
     mixture = torch.einsum("mb,mbc->bc", share, own_probabilities)
     combined = _combine(own, own_probabilities, share, mixture, method)
     ranking = _rank(combined, mixture)
@@ -95,6 +94,12 @@ def combine_classes(
         mutual_information=(total - expected).clamp_min(0),
         agreement=(share * agrees).sum(0),
     )
+
+
+def share_weights(weights: Tensor, finite: Tensor) -> Tensor:
+    """Members' shares per example: (M, B) weights where finite, summing to 1; zeros where nobody is usable."""
+    share = weights.float() * finite
+    return share / share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
 
 
 def _combine(own: Tensor, own_probabilities: Tensor, share: Tensor, mixture: Tensor, method: Method) -> Tensor:

@@ -36,7 +36,7 @@ from vmap_ensemble.images import check_shape, read_item
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
 from vmap_ensemble.proof import Proof, prove_equal
-from vmap_ensemble.requests import Options, Request, dump_json, error_body, read_request, wrap_answers
+from vmap_ensemble.requests import Options, Request, as_batch, dump_json, error_body, read_request, wrap_answers
 from vmap_ensemble.runtime import configure_torch, quieten_worker, seconds_since_process_start
 from vmap_ensemble.settings import Settings, load_settings
 
@@ -53,6 +53,7 @@ class VmapEnsembleHandler(BaseHandler):
         settings_class: The settings that this handler knows; override for options of your own.
         default_architecture: What is built where the settings name no architecture.
         default_input_shape: Shape of one example where the settings give none.
+        lists_are_batches: Whether a JSON list is a batch of items; otherwise it is one item, a tensor.
         settings: The archive's settings.
         forward: The vmapped forward of the members.
         execution: How the forward is run, and why.
@@ -63,6 +64,7 @@ class VmapEnsembleHandler(BaseHandler):
     settings_class: type[Settings] = Settings
     default_architecture: str = ""
     default_input_shape: tuple[int, ...] | None = None
+    lists_are_batches: bool = False
     settings: Any
     forward: EnsembleForward
     proof: Proof
@@ -158,10 +160,10 @@ class VmapEnsembleHandler(BaseHandler):
             runtime = configure_torch(self.settings, gpu_id, config)
             self.device, self.dtype, self.threads = runtime.device, runtime.dtype, runtime.threads
             self.metrics = Metrics(context.metrics, context.model_name)
-        with self._phase("build"):
-            model = self.build_model()
         with self._phase("read"):
             self.archive = read_manifest(self.folder)
+        with self._phase("build"):
+            model = self.build_model()
         # The files are mapped: their bytes are read while they are stacked.
         with self._phase("stack"):
             members = load_members(self.folder, self.device, self.dtype)
@@ -271,6 +273,8 @@ class VmapEnsembleHandler(BaseHandler):
 
     def _parse_request(self, row: dict[str, Any], headers: dict[str, Any]) -> tuple[Request, list[Any]]:
         request = read_request(row, headers)
+        if self.lists_are_batches:
+            request = as_batch(request)
         unknown = sorted(set(request.options.subset or ()) - set(self.forward.members.names))
         if unknown:
             known = ", ".join(self.forward.members.names)

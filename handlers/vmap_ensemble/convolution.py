@@ -1,9 +1,9 @@
 """Turns a convolutional network and its stacked members into a vmapped forward that beats the loop.
 
 A vmapped convolution is a grouped convolution, which is slower than the loop on a CPU. Here the member's
-graph is lowered (folded batch norm, fused relu and residual), and up to the last convolution it becomes one
-custom operator with a vmap rule of its own: under vmap it runs the members on oneDNN's prepacked weights,
-spread over the cores. The rest of the graph runs under the stock rules, in the same vmap call.
+graph is lowered (folded batch norm, fused relu and residual), and becomes one custom operator with a vmap
+rule of its own: under vmap it runs the members on oneDNN's prepacked weights, spread over the cores. What all
+members share runs once, and heads without convolutions run under the stock rules, in the same vmap call.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ class ConvolutionForward:
         convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
         self._arguments = lowered.arguments()
         packed = pack_convolutions(lowered, head, values) if head else {}
-        # Sizes and other plain values are cheap, so members recompute them; tensors come from the trunk.
-        own = [n for n in head if n in lowered.batched or not isinstance(values[n], Tensor)]
+        # Sizes and other plain values are cheap: each part works them out anew, and only tensors are passed on.
+        plain = {n for n in head if not isinstance(values[n], Tensor)}
+        own = [n for n in head if n in lowered.batched or n in plain]
         shared = [n for n in head if n not in lowered.batched]
-        body_outputs = _used_by(own, [*tail, output], lowered)
+        tail = [*_needed_by(plain, head, [*tail, output]), *tail]
+        used = [n for n in head if n not in plain]
+        body_outputs = [n for n in _used_by(used, [*tail, output]) if n in lowered.batched]
         self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
-        trunk_outputs = _used_by(shared, [*own, *tail, output], None)
+        trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in lowered.batched]
         self._trunk = extract_program(lowered, shared, tuple(trunk_outputs))
         self._run_trunk = self._trunk.compile()
         self._trunk_slots = [packed.get(name, [lowered.slots.get(name)])[0] for name in self._trunk.slots]
@@ -109,14 +112,14 @@ class ConvolutionForward:
 
     def _member(self, env: dict[fx.Node, Any], index: Tensor, *slots: Tensor) -> Any:
         if self._body:
-            inputs = [env[node] for node in self._body.program.inputs if isinstance(env[node], Tensor)]
+            inputs = [env[node] for node in self._body.program.inputs]
             outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, inputs)
             env = {**env, **dict(zip(self._body_outputs, outputs, strict=True))}
         return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
 
 
 class _Body:
-    """The part of the network that differs between members, up to its last convolution."""
+    """The part of the network that differs between members, as far as the operator goes."""
 
     def __init__(
         self,
@@ -225,22 +228,32 @@ def prepare(
 
 
 def _find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
-    """Where the per-member part ends: after the last convolution and the weightless steps behind it.
+    """Up to which node the network belongs to the operator that spreads members over the cores.
 
-    A linear layer behind it reads its weights once per batch and is bound by memory: one batched matrix
-    product over all members, which is what the stock rule makes of it, is measured faster than M products.
+    All of it, if members have convolutions of their own: a linear layer behind them is measured faster on the
+    core where its member's convolutions ran than as one batched product over all members, for which the cores
+    wait for one another. If only heads behind a shared trunk differ, the trunk alone, and the stock rules
+    make batched products of the heads.
     """
-    cut = max(index for index, node in enumerate(nodes) if node.target in CONVOLUTIONS) + 1
-    while cut < len(nodes) and not any(n.name in lowered.slots for n in nodes[cut].all_input_nodes):
-        cut += 1
-    return cut
+    convolutions = [index for index, node in enumerate(nodes) if node.target in CONVOLUTIONS]
+    if any(nodes[index] in lowered.batched for index in convolutions):
+        return len(nodes)
+    return convolutions[-1] + 1
 
 
-def _used_by(nodes: list[fx.Node], later: list[fx.Node], lowered: LoweredModel | None) -> list[fx.Node]:
-    """Which of the nodes later ones need; with `lowered`, only those that differ between members."""
+def _used_by(nodes: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
+    """Which of the nodes later ones take."""
     users = set(later)
-    used = [n for n in nodes if users.intersection(n.users)]
-    return used if lowered is None else [n for n in used if n in lowered.batched]
+    return [node for node in nodes if users.intersection(node.users)]
+
+
+def _needed_by(plain: set[fx.Node], head: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
+    """Which plain values later nodes take, and what those are worked out from, in the graph's order."""
+    needed = set(later)
+    for node in reversed(head):
+        if node in plain and needed.intersection(node.users):
+            needed.add(node)
+    return [node for node in head if node in needed]
 
 
 def _to_channels_last(tensor: Tensor) -> Tensor:
@@ -259,7 +272,8 @@ def _check_equal(
         raise UnsupportedModel(f"the prepared {name} doesn't run: {error}") from error
 
 
-_GROUP_ROUNDS = 5  # timed rounds per candidate, after one to warm up
+_GROUP_ROUNDS = 5  # timed rounds per candidate at most, after one to warm up
+_GROUP_BUDGET_S = 3.0  # but only one round once this has passed
 
 
 def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None) -> None:
@@ -270,11 +284,15 @@ def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Te
         forward.groups = groups or 1
         return
     times_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
-    for _, candidate in itertools.product(range(_GROUP_ROUNDS + 1), candidates):
-        forward.groups = candidate
-        started = time.perf_counter()
-        forward(*example)
-        times_s[candidate].append(time.perf_counter() - started)
+    deadline_s = time.perf_counter() + _GROUP_BUDGET_S
+    for round_ in range(_GROUP_ROUNDS + 1):
+        if round_ > 1 and time.perf_counter() > deadline_s:
+            break
+        for candidate in candidates:
+            forward.groups = candidate
+            started = time.perf_counter()
+            forward(*example)
+            times_s[candidate].append(time.perf_counter() - started)
     forward.groups = min(candidates, key=lambda candidate: statistics.median(times_s[candidate][1:]))
     forward.keep_groups()
     forward.reason += f", {forward.groups} members at a time"

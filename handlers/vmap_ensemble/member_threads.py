@@ -37,6 +37,8 @@ class MemberThreads:
         started = threading.Barrier(self.groups)
 
         def start() -> None:
+            # A thread's first look at the number resets it to the process's, so that look comes first.
+            torch.get_num_threads()
             torch.set_num_threads(threads_each)
             started.wait(timeout=60)  # so that each thread takes exactly one of the first jobs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,13 @@ class Request:
     options: Options = field(default_factory=Options)
     request_id: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def as_batch(request: Request) -> Request:
+    """A request whose single item is a list, as a client-side batch of that list's items."""
+    if request.envelope != "single" or not isinstance(request.items[0], list):
+        return request
+    return dataclasses.replace(request, items=_checked_items(request.items[0], "the list"), envelope="list")
 
 
 def read_request(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request:

@@ -98,6 +98,35 @@ class VisionSettings(Settings):
         return self
 
 
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
+class TextSettings(Settings):
+    """Settings of handlers that take text; the keys of TorchServe's Hugging Face example among them."""
+
+    mode: Literal[
+        "sequence_classification", "token_classification", "question_answering", "fill_mask", "embedding"
+    ] = Field("sequence_classification", description="What is asked of the text.")
+    model_name: str = Field("", description="Name of the pretrained model; for people, nothing is fetched.")
+    do_lower_case: bool | None = Field(None, description="Lower the text; the tokenizer's own choice by default.")
+    num_labels: PositiveInt | None = Field(None, description="Number of labels; must equal the members'.")
+    save_mode: Literal["pretrained", "torchscript"] = Field(
+        "pretrained", description="`pretrained`: weights; `torchscript`: traced members."
+    )
+    max_length: PositiveInt = Field(
+        512, description="Longest sequence in tokens; the rest is cut off, or read in windows."
+    )
+    captum_explanation: bool = Field(True, description="Whether /explanations/ is answered.")
+    embedding_name: str = Field("", description="Attribute of the model that holds the embeddings; found by default.")
+    FasterTransformer: bool = Field(False, description="Members are traced FasterTransformer modules.")
+    problem_type: Literal["single_label", "multi_label", "regression"] | None = Field(
+        None, description="Of a sequence classification; the members' config by default."
+    )
+    label_threshold: Probability = Field(0.5, description="Least probability of a label in a multi-label answer.")
+    pooling: Literal["mean", "cls"] = Field("mean", description="How an embedding is made of the tokens'.")
+    doc_stride: PositiveInt = Field(128, description="Tokens that neighbouring windows of a long context share.")
+    max_answer_tokens: PositiveInt = Field(30, description="Longest answer to a question, in tokens.")
+    max_characters: PositiveInt = Field(200_000, description="Longer texts are refused with a 413.")
+
+
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
@@ -167,4 +196,8 @@ def check_keys(block: Mapping[str, Any], known: list[str] | tuple[str, ...], whe
 
 
 # Heading on the generated page of settings -> class.
-DOCUMENTED: dict[str, type[Settings]] = {"Every handler": Settings, "Handlers of images": VisionSettings}
+DOCUMENTED: dict[str, type[Settings]] = {
+    "Every handler": Settings,
+    "Handlers of images": VisionSettings,
+    "Handlers of text": TextSettings,
+}

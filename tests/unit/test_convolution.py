@@ -1,6 +1,7 @@
 """The prepared convolutional forward equals the members' own forwards, or refuses and says why."""
 
 import collections
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
 
 
@@ -81,7 +83,28 @@ class Headed(nn.Module):
         return self.fc(self.head(self.trunk(x)).mean((2, 3)))
 
 
-CASES = {"plain": (Plain, (1, 14, 14)), "residual": (Residual, (3, 16, 16)), "mobile": (Mobile, (3, 20, 20))}
+class Patches(nn.Module):
+    """The sizes of a convolution's output are used behind the last convolution, and so is a split of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 6)
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        tokens = self.project(x)
+        first, second = tokens.chunk(2, 1)
+        hidden = tokens.shape[1]
+        tokens = self.fc(tokens.reshape(batch, hidden, (height // 4) * (width // 4)).permute(0, 2, 1))
+        return {"tokens": tokens, "gate": torch.sigmoid(first) * second / hidden, "sum": tokens.sum(1)}
+
+
+CASES = {
+    "plain": (Plain, (1, 14, 14)),
+    "residual": (Residual, (3, 16, 16)),
+    "mobile": (Mobile, (3, 20, 20)),
+    "patches": (Patches, (3, 16, 16)),
+}
 
 
 def build_members(make, count, shared_prefix=None):
@@ -210,6 +233,26 @@ def test_shared_trunk_runs_once(shared_norm):
     assert counted.calls["mkldnn::_convolution_pointwise"] == (2 + 5 if shared_norm else 1 + 5 + 5)
 
 
+def test_heads_behind_a_shared_trunk_are_one_batched_product():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.fc = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc(self.trunk(x).mean((2, 3)))
+
+    models, members = build_members(Heads, 5, "trunk")
+    x = torch.randn(2, 3, 12, 12)
+    forward = prepare(Heads().eval(), members, x)
+    assert_equal(forward(x), run_loop(models, x))
+    with CountCalls() as counted:
+        forward(x)
+    assert counted.calls["mkldnn::_convolution_pointwise"] == 1
+    assert counted.calls["vmap_ensemble::run_member"] == 0
+    assert counted.calls["aten::bmm"] + counted.calls["aten::mm"] + counted.calls["aten::addmm"] == 1
+
+
 def test_all_members_equal():
     models, members = build_members(Headed, 3, "")
     x = torch.randn(2, 3, 12, 12)
@@ -282,3 +325,53 @@ def test_is_one_vmapped_call(monkeypatch):
     assert isinstance(forward, ConvolutionForward)
     forward(x)
     assert calls == [1]
+
+
+def test_the_faster_share_of_threads_is_kept(monkeypatch):
+    """With every run of one member at a time slowed down, two at a time must win, and the other way round."""
+    from vmap_ensemble import convolution
+
+    models, members = build_members(Plain, 4)
+    x = torch.randn(1, 1, 14, 14)
+    real = convolution._Body.run_all
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for slow, fast in ((1, 2), (2, 1)):
+
+            def run_all(body, inputs, slow=slow):
+                time.sleep(0.3 if body.threads.groups == slow else 0)
+                return real(body, inputs)
+
+            monkeypatch.setattr(convolution._Body, "run_all", run_all)
+            forward = prepare(Plain().eval(), members, x)
+            assert forward.groups == fast
+            assert forward.reason.endswith(f"{fast} members at a time")
+            assert_equal(forward(x), run_loop(models, x))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_member_that_fails_on_its_thread_fails_the_call():
+    threads = MemberThreads(2)
+
+    def fail(job):
+        raise ArithmeticError(f"job {job}")
+
+    with pytest.raises(ArithmeticError, match="job"):
+        threads.map(fail, [1, 2, 3])
+    assert threads.map(lambda job: job * 2, [1, 2, 3]) == [2, 4, 6]
+    threads.close()
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(ValueError, match="groups is 0; expected 1 or more"):
+        MemberThreads(0)
+
+
+def test_members_on_their_threads_compute_with_their_share():
+    before = torch.get_num_threads()
+    threads = MemberThreads(2)
+    assert set(threads.map(lambda _: torch.get_num_threads(), range(8))) == {max(1, before // 2)}
+    assert torch.get_num_threads() == before
+    threads.close()

@@ -1,0 +1,127 @@
+"""Turns texts or pairs into one label, several labels or numbers, with the members' disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmap_ensemble.aggregate import entropy, share_weights
+from vmap_ensemble.classification import Answer, ClassAnswers
+from vmap_ensemble.errors import RequestError
+from vmap_ensemble.requests import Options
+from vmap_ensemble.text_mode import TextExample, TextMode
+from vmap_ensemble.text_requests import TextInput, read_text_item
+
+
+class SingleLabel(TextMode):
+    """Exactly one label per text: the answer of every classifier."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.class_answers = ClassAnswers(self.settings, self.names, self.labels)
+
+    def read(self, item: Any) -> TextInput:
+        """A text, or a pair of texts."""
+        return read_text_item(item, self.settings.max_characters)
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch from its logits (M, B, C)."""
+        return self.class_answers(outputs["logits"], weights, options)
+
+
+class MultiLabel(SingleLabel):
+    """Any number of labels per text, each yes or no on its own."""
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch from its logits (M, B, L): the mean of the members' sigmoids per label."""
+        logits = outputs["logits"].float() / self.settings.temperature
+        finite, asked = logits.isfinite().all(-1), weights > 0
+        own = torch.where(finite[..., None], logits, 0.0).sigmoid()
+        share = share_weights(weights, finite)
+        mixture = torch.einsum("mb,mbl->bl", share, own)
+        total = _binary_entropy(mixture).sum(-1)
+        expected = torch.einsum("mb,mbl->b", share, _binary_entropy(own))
+        votes = (own >= self.settings.label_threshold) == (mixture >= self.settings.label_threshold)
+        agreement = torch.einsum("mb,mb->b", share, votes.float().mean(-1))
+        columns = (total, expected, (total - expected).clamp_min(0), agreement)
+        uncertainty = torch.stack(columns, dim=-1).tolist()
+        return [
+            self._answer(mixture[b], own[:, b], uncertainty[b], asked[:, b], finite[:, b], option)
+            for b, option in enumerate(options)
+        ]
+
+    def _answer(
+        self, mixture: Tensor, own: Tensor, four: list[float], asked: Tensor, finite: Tensor, options: Options
+    ) -> Answer | RequestError:
+        ensemble, left_out = self.ensemble_body(options, asked, finite)
+        if not ensemble["used"]:
+            return self.unusable()
+        top = mixture.argsort(descending=True, stable=True)[: options.top_k or self.settings.top_k].tolist()
+        rows = [self._row(index, mixture) for index in top]
+        names = ("predictive_entropy", "expected_entropy", "mutual_information", "agreement")
+        body: dict[str, Any] = {
+            "labels": [row for row in rows if row["probability"] >= self.settings.label_threshold],
+            "top_k": rows,
+            "uncertainty": dict(zip(names, four, strict=True)),
+            "ensemble": ensemble,
+        }
+        if options.detail:
+            body["members"] = [
+                {"name": name, "labels": [self._row(i, own[m]) for i in self._chosen(own[m])]}
+                for m, name in enumerate(self.names)
+                if asked[m] and finite[m]
+            ]
+        return Answer(body, four[2], left_out)
+
+    def _row(self, index: int, probabilities: Tensor) -> dict[str, Any]:
+        label = self.labels.get(index, str(index))
+        return {"label": label, "index": index, "probability": probabilities[index].item()}
+
+    def _chosen(self, probabilities: Tensor) -> list[int]:
+        chosen: list[int] = (probabilities >= self.settings.label_threshold).nonzero().flatten().tolist()
+        return chosen
+
+
+class Regression(SingleLabel):
+    """Numbers: their mean over the members and its standard deviation."""
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch from its outputs (M, B, L)."""
+        values = outputs["logits"].float()
+        finite, asked = values.isfinite().all(-1), weights > 0
+        share = share_weights(weights, finite)
+        values = torch.where(finite[..., None], values, 0.0)
+        mean = torch.einsum("mb,mbl->bl", share, values)
+        variance = torch.einsum("mb,mbl->bl", share, (values - mean).square())
+        answers: list[Answer | RequestError] = []
+        for b, option in enumerate(options):
+            ensemble, left_out = self.ensemble_body(option, asked[:, b], finite[:, b])
+            if not ensemble["used"]:
+                answers.append(self.unusable())
+                continue
+            body: dict[str, Any] = {
+                "prediction": {"values": mean[b].tolist()},
+                "uncertainty": {"standard_deviation": variance[b].sqrt().tolist()},
+                "ensemble": ensemble,
+            }
+            if option.detail:
+                body["members"] = [
+                    {"name": name, "values": values[m, b].tolist()}
+                    for m, name in enumerate(self.names)
+                    if asked[m, b] and finite[m, b]
+                ]
+            answers.append(Answer(body, None, left_out))
+        return answers
+
+
+def _binary_entropy(probabilities: Tensor) -> Tensor:
+    return entropy(torch.stack((probabilities, 1 - probabilities), dim=-1))

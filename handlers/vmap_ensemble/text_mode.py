@@ -1,0 +1,140 @@
+"""Turns texts into padded batches for an encoder; what all text modes have in common.
+
+A mode is a class of its own: it reads an item, says how it becomes token windows, and turns the members'
+outputs into answers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmap_ensemble.classification import Answer
+from vmap_ensemble.errors import RequestError
+from vmap_ensemble.requests import Options
+from vmap_ensemble.settings import TextSettings
+from vmap_ensemble.text_requests import TextInput
+
+
+@dataclass(frozen=True)
+class Window:
+    """One sequence of tokens.
+
+    Attributes:
+        arrays: Model input name -> ids of one sequence without padding.
+        offsets: Per token, the characters (start, end) it stands for in its own text.
+        sequence_ids: Per token 0 for the first text, 1 for the second, None for special tokens.
+        word_ids: Per token the number of its word, None for special tokens.
+    """
+
+    arrays: dict[str, list[int]]
+    offsets: list[tuple[int, int]]
+    sequence_ids: list[int | None]
+    word_ids: list[int | None]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One item: what was read, and the windows of it; several only for a long context."""
+
+    text: TextInput
+    windows: list[Window] = field(default_factory=list)
+
+
+class TextMode(ABC):
+    """One thing that may be asked of a text.
+
+    Args:
+        settings: The archive's settings.
+        tokenizer: A fast tokenizer of transformers.
+        labels: Class number -> label.
+        names: The members, in the order of the stack.
+    """
+
+    def __init__(self, settings: TextSettings, tokenizer: Any, labels: dict[int, str], names: Sequence[str]) -> None:
+        self.settings, self.tokenizer, self.labels, self.names = settings, tokenizer, labels, tuple(names)
+
+    @abstractmethod
+    def read(self, item: Any) -> TextInput:
+        """Check an item of a request."""
+
+    @abstractmethod
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
+
+    def encode(self, item: Any) -> TextExample:
+        """Read an item and tokenise it; what exceeds max_length is cut off."""
+        text = self.read(item)
+        encoded = self.tokenizer(
+            text.text, text.pair, truncation=True, max_length=self.max_length, return_offsets_mapping=True
+        )
+        return TextExample(text, [window_of(encoded, 0)])
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence: the settings' or the tokenizer's, whichever is less."""
+        return min(self.settings.max_length, int(self.tokenizer.model_max_length))
+
+    def sample_items(self, count: int) -> list[Any]:
+        """Items of different lengths to prove the forward on at load."""
+        return [" ".join(["a sample text"] * (index % 4 + 1)) for index in range(count)]
+
+    def unusable(self) -> RequestError:
+        """The reply where no member gave a finite output."""
+        return RequestError(500, "no member gave a finite output for this input")
+
+    def ensemble_body(
+        self, options: Options, asked: Tensor, finite: Tensor
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The answer's part on the ensemble, and the members left out; asked and finite are (M,) bool."""
+        used = int((asked & finite).sum())
+        left_out = tuple(
+            name for name, a, f in zip(self.names, asked.tolist(), finite.tolist(), strict=True) if a and not f
+        )
+        body: dict[str, Any] = {"size": len(self.names), "used": used}
+        if options.subset is not None:
+            body["subset"] = [name for name, a in zip(self.names, asked.tolist(), strict=True) if a]
+        if left_out:
+            body["left_out"] = list(left_out)
+        return body, left_out
+
+
+def window_of(encoded: Any, index: int) -> Window:
+    """One sequence of a tokenizer's result; a single text's fields are not nested."""
+    encoding = encoded.encodings[index]
+    own = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
+    skipped = ("offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask")
+    arrays = {key: (value[index] if own else value) for key, value in encoded.items() if key not in skipped}
+    return Window(arrays, list(encoding.offsets), list(encoding.sequence_ids), list(encoding.word_ids))
+
+
+def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, int]) -> tuple[Tensor, ...]:
+    """Pad to the longest: one (B, S) int64 tensor per name, on the right.
+
+    Args:
+        windows: B sequences.
+        names: Model inputs, in the order of the model's arguments.
+        pad: Name -> padding value; 0 where there is none.
+    """
+    longest = max(len(window) for window in windows)
+    tensors = []
+    for name in names:
+        fill = pad.get(name, 0)
+        rows = [window.arrays[name] + [fill] * (longest - len(window)) for window in windows]
+        tensors.append(torch.tensor(rows, dtype=torch.int64))
+    return tuple(tensors)
+
+
+def rows_of(examples: Sequence[TextExample]) -> list[int]:
+    """For every row of the batch the number of its example."""
+    return [index for index, example in enumerate(examples) for _ in example.windows]
