@@ -180,7 +180,11 @@ class VmapEnsembleHandler(BaseHandler):
             members = load_members(self.folder, self.device, self.dtype)
         with self._phase("prepare"):
             check_architecture("the members", members.spec(), model)
-            return EnsembleForward(model, members)
+            return self.join(model, members)
+
+    def join(self, model: nn.Module, members: StackedMembers) -> EnsembleForward:
+        """The vmapped forward of the members in this architecture."""
+        return EnsembleForward(model, members)
 
     def choose_execution(self, config: dict[str, Any]) -> None:
         """Decide how the forward is run; batches of one and of the configured size are what is measured."""

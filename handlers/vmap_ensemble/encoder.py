@@ -105,6 +105,23 @@ class EncoderForward(EnsembleForward):
         return functional_call(self.model, self.member_state(index), (), _name_inputs(*inputs))
 
 
+    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
+        """Outputs up to the longest text, zero at padding, of which nobody asks anything."""
+        mask = args[1].bool()
+        longest = int(mask.any(0).nonzero().max()) + 1
+        sizes = (mask.shape[1], longest)
+
+        def clear(tensor: Tensor) -> Tensor:
+            per_token = tensor.dim() > batch_axis + 1 and tensor.shape[batch_axis] == len(mask)
+            if not per_token or tensor.shape[batch_axis + 1] not in sizes:
+                return tensor
+            rest = tensor.dim() - batch_axis - 2
+            real = mask[:, :longest].reshape(len(mask), longest, *[1] * rest)
+            return torch.where(real, tensor.narrow(batch_axis + 1, 0, longest), 0.0)
+
+        return pytree.tree_map(clear, outputs)
+
+
 class PackedEncoderForward(EncoderForward):
     """The vmapped forward of a Hugging Face encoder that computes no padding.
 

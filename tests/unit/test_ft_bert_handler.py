@@ -17,7 +17,7 @@ from fastertransformer import build, trace
 from ft_bert_handler import FTBertHandler
 from tests.unit.test_bert_handler import AUTO, BIO, CONFIGS, VOCABULARY, save_tokenizer
 from vmap_ensemble.errors import LoadError, SettingsError
-from vmap_ensemble.ft_library import load_ft_library  # noqa: E402
+from vmap_ensemble.ft_library import load_ft_library
 from vmap_ensemble.members import Manifest, Member, hash_file
 
 from bert_handler import BertEnsembleHandler  # isort: skip
