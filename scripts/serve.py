@@ -40,15 +40,23 @@ MODEL = "ens"
 
 @dataclass(frozen=True)
 class Demo:
-    """How a fresh clone gets members of an archive, and what the archive is asked."""
+    """How a fresh clone gets members of an archive, what the archive is asked, and what else both need.
+
+    Attributes:
+        command: Module and arguments that make the members.
+        samples: Files, as globs, that the archive may be asked about.
+        groups: Requirements beyond requirements.txt (requirements-GROUP.txt).
+    """
 
     command: tuple[str, ...]
     samples: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
 
 DEMOS = {
     "mnist_ens": Demo(("training.mnist", "--save-model", "--num-models", "5"), ("data/digits/*.png",)),
     "resnet_ens": Demo(("training.demo_resnet",), ("data/images/*.jpg",)),
+    "bert_ens": Demo(("training.bert",), ("data/texts/*.txt",), ("bert", "demo")),
 }
 
 
@@ -83,6 +91,14 @@ def find_files(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(file for file in ROOT.glob(pattern) if file.is_file()) if not Path(pattern).is_absolute() else []
+
+
+def ensure_requirements(name: str) -> None:
+    """Installs what an archive's demonstration needs beyond requirements.txt."""
+    demo = DEMOS.get(name)
+    command = [str(ROOT / "scripts" / "setup.sh"), *(demo.groups if demo else ())]
+    if demo and demo.groups and subprocess.run(command, check=False).returncode:
+        raise ServerError(f"scripts/setup.sh {' '.join(demo.groups)} failed; see above")
 
 
 def ensure_members(name: str, block: dict[str, Any]) -> None:
@@ -253,6 +269,7 @@ def find_sample(name: str) -> Path | None:
 def serve(name: str, service: Service) -> None:
     """Does all that `./serve.sh NAME` promises."""
     block = read_block(name)
+    ensure_requirements(name)
     ensure_members(name, block)
     archive = ensure_archive(name, block)
     running = service.state()
