@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.members import StackedMembers
 from vmap_ensemble.text_handler import TextEnsembleHandler
 
 
@@ -15,3 +19,9 @@ class BertEnsembleHandler(TextEnsembleHandler):
         model = super().build_model()
         self.prepare_text(model, model.config, [member.name for member in self.archive.members])
         return model
+
+    def join(self, model: Any, members: StackedMembers) -> EnsembleForward:
+        """One vmapped forward that computes no padding, where the architecture permits."""
+        from vmap_ensemble.encoder import build_encoder_forward  # here: it imports transformers
+
+        return build_encoder_forward(model, members)

@@ -76,7 +76,7 @@ def render() -> str:
     for title, kind in settings.DOCUMENTED.items():
         table = ["| key | values | default | what it says |", "| --- | --- | --- | --- |"]
         parts.append("\n".join([f"## {title}", "", *table, *rows_of(kind, known)]) + "\n")
-        known = set(settings.known_keys(settings.Settings))
+        known |= set(settings.known_keys(kind))
     return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from http import HTTPStatus
@@ -162,23 +162,31 @@ class VmapEnsembleHandler(BaseHandler):
             self.metrics = Metrics(context.metrics, context.model_name)
         with self._phase("read"):
             self.archive = read_manifest(self.folder)
+        self.forward = self.load_forward()
+        self.member_weights = self._read_weights(self.forward.members)
+        self.class_answers = ClassAnswers(
+            self.settings, self.forward.members.names, read_labels(self.folder) or self.default_labels()
+        )
+        with self._phase("execution"):
+            self.choose_execution(config)
+        self._prove()
+
+    def load_forward(self) -> EnsembleForward:
+        """Build the architecture, stack the members, and join both."""
         with self._phase("build"):
             model = self.build_model()
         # The files are mapped: their bytes are read while they are stacked.
         with self._phase("stack"):
             members = load_members(self.folder, self.device, self.dtype)
-        self.member_weights = self._read_weights(members)
         with self._phase("prepare"):
             check_architecture("the members", members.spec(), model)
-            self.forward = EnsembleForward(model, members)
-        self.class_answers = ClassAnswers(
-            self.settings, members.names, read_labels(self.folder) or self.default_labels()
-        )
-        with self._phase("execution"):
-            self._choose_execution(config)
-        self._prove()
+            return self.join(model, members)
 
-    def _choose_execution(self, config: dict[str, Any]) -> None:
+    def join(self, model: nn.Module, members: StackedMembers) -> EnsembleForward:
+        """The vmapped forward of the members in this architecture."""
+        return EnsembleForward(model, members)
+
+    def choose_execution(self, config: dict[str, Any]) -> None:
         """Decide how the forward is run; batches of one and of the configured size are what is measured."""
         sizes = sorted({1, int(config.get("batchSize") or 1)})
         hashes = "".join(member.sha256 for member in self.forward.members.members)
@@ -193,7 +201,11 @@ class VmapEnsembleHandler(BaseHandler):
         for candidate in self.execution.candidates:
             if candidate.refused:
                 self.metrics.record("EnsembleFallbacks", 1, f"{candidate.name} refused")
-        self.run = ChunkedRun(self.execution, len(self.forward.members.names), self.forward.part)
+        self.run = self.chunked(self.execution)
+
+    def chunked(self, run: Callable[..., Any]) -> ChunkedRun:
+        """A forward that runs in chunks once memory runs out."""
+        return ChunkedRun(run, len(self.forward.members.names), self.forward.part)
 
     def _prove(self) -> None:
         args = self.collate(self.sample_examples(SAMPLE_BATCH))

@@ -106,6 +106,16 @@ class EnsembleForward:
         part._index = self._index[start:stop]
         return part
 
+    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
+        """The part of an output that must equal the members' own; here all of it.
+
+        Args:
+            outputs: Of `__call__` (batch_axis 1) or `member` (batch_axis 0).
+            args: What they were called with.
+            batch_axis: The axis of B in the outputs.
+        """
+        return outputs
+
     def loop(self, *args: Any) -> Any:
         """Run the members one after another: the reference that `__call__` must equal; (M, B, ...)."""
         outputs = [self.member(index, *args) for index in range(len(self.members.names))]

@@ -46,11 +46,11 @@ def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], toler
     Raises:
         LoadError: The difference of a member is beyond the tolerance, or the outputs differ in structure.
     """
-    together = pytree.tree_leaves(run(*args))
+    together = pytree.tree_leaves(forward.comparable(run(*args), args, 1))
     largest, agreements, bound = 0.0, [], 0.0
     not_finite = []
     for index, name in enumerate(forward.members.names):
-        own_leaves = pytree.tree_leaves(forward.member(index, *args))
+        own_leaves = pytree.tree_leaves(forward.comparable(forward.member(index, *args), args, 0))
         if len(own_leaves) != len(together):
             raise LoadError(
                 f"member '{name}': expected {len(own_leaves)} outputs, got {len(together)} from the vmapped forward"

@@ -127,6 +127,17 @@ class TextSettings(Settings):
     max_characters: PositiveInt = Field(200_000, description="Longer texts are refused with a 413.")
 
 
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
+class TracedSettings(TextSettings):
+    """Settings of the handler of traced FasterTransformer modules."""
+
+    save_mode: Literal["torchscript"] = Field("torchscript", description="Members are traced modules.")
+    FasterTransformer: Literal[True] = Field(True, description="Members call FasterTransformer's class.")
+    library: str = Field(
+        "libpyt_fastertransformer.so", description="The library's file in the archive; later releases: libth_*.so."
+    )
+
+
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
@@ -200,4 +211,5 @@ DOCUMENTED: dict[str, type[Settings]] = {
     "Every handler": Settings,
     "Handlers of images": VisionSettings,
     "Handlers of text": TextSettings,
+    "Handlers of traced text": TracedSettings,
 }

@@ -40,7 +40,7 @@ SEQUENCE_KINDS: dict[str, type[TextMode]] = {
 class TextEnsembleHandler(VmapEnsembleHandler):
     """An ensemble that takes texts; what is asked of them is a mode."""
 
-    settings_class = TextSettings
+    settings_class: type[TextSettings] = TextSettings
     lists_are_batches = True
 
     @property

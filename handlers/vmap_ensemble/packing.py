@@ -1,0 +1,213 @@
+"""Turns a padded batch of texts into one row of real tokens, attends within each text, and turns rows back.
+
+    (B, S) mask -> Packing -> (1, T, H) rows, T real tokens -> (B, S, H)
+
+Everything here works on one member's tensors and, inside vmap, on all members' at once. The effective
+transformer's idea (https://github.com/bytedance/effective_transformer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vmap_ensemble.batching_rules import peel, run_on_members
+from vmap_ensemble.errors import RequestError
+
+ATTENTION = "vmap_ensemble_packed"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts of one length that lie side by side in the packed row: `count` texts of `length` from `start`."""
+
+    start: int
+    count: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a padded batch are.
+
+    Attributes:
+        size: (B, S) of the padded batch.
+        index: (T,) places of the packed tokens in the flattened batch, texts ordered by length.
+        first: (B,) places in the packed row of each text's first token.
+        groups: The texts by length.
+    """
+
+    size: tuple[int, int]
+    index: Tensor
+    first: Tensor
+    groups: tuple[Group, ...]
+
+
+def pack(attention_mask: Tensor) -> Packing:
+    """Find the real tokens.
+
+    Args:
+        attention_mask: (B, S) of 0 and 1; each text has at least one token, anywhere in its row.
+
+    Raises:
+        RequestError: A text has no token.
+    """
+    mask = attention_mask.bool().cpu()
+    lengths = mask.sum(1)
+    if not bool(lengths.all()):
+        raise RequestError(400, f"text {int(lengths.argmin())} of the batch has no token; expected at least one")
+    order = lengths.argsort(stable=True)
+    rows, columns = mask[order].nonzero(as_tuple=True)
+    index = order[rows] * mask.shape[1] + columns
+    ordered = lengths[order]
+    starts = ordered.cumsum(0) - ordered
+    first = torch.empty_like(starts)
+    first[order] = starts
+    device = attention_mask.device
+    return Packing((mask.shape[0], mask.shape[1]), index.to(device), first.to(device), _group(ordered.tolist()))
+
+
+def _group(lengths: list[int]) -> tuple[Group, ...]:
+    groups: list[Group] = []
+    start = 0
+    for length in sorted(set(lengths)):
+        count = lengths.count(length)
+        groups.append(Group(start, count, length))
+        start += count * length
+    return tuple(groups)
+
+
+def unpack(tokens: Tensor, packing: Packing) -> Tensor:
+    """(1, T, ...) -> (B, S, ...), zero where there is padding. Inside vmap as well."""
+
+    def scatter(row: Tensor, axis: int) -> Tensor:
+        batch, width = packing.size
+        rest = row.shape[axis + 1 :]
+        padded = row.new_zeros(*row.shape[:axis], batch * width, *rest).index_copy(axis, packing.index, row)
+        return padded.view(*row.shape[:axis], batch, width, *rest)
+
+    return _on_packed_row(tokens, scatter)
+
+
+def take_first(tokens: Tensor, packing: Packing) -> Tensor:
+    """(1, T, H) -> (B, 1, H): each text's first token, all that a classification head reads."""
+    return _on_packed_row(tokens, lambda row, axis: row.index_select(axis, packing.first).unsqueeze(axis + 1))
+
+
+def _on_packed_row(tokens: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Call function(row, axis) on the row of tokens without its leading 1; axis is where its tokens are."""
+    peeled = peel(tokens)
+    if peeled is None:
+        return function(tokens.squeeze(0), 0)
+    row = peeled[0][0]
+    return run_on_members(lambda: function(row.squeeze(1), 1))
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Attention within each text of a packed row.
+
+    Args:
+        query, key, value: (1, heads, T, D), of one member or of all inside vmap.
+        packing: Where the texts are.
+        scale: Of the scores.
+
+    Returns:
+        (1, T, heads, D).
+    """
+    peeled = peel(query, key, value)
+    if peeled is None:
+        rows = [t.transpose(1, 2) for t in (query, key, value)]
+        return _attend_members(rows[0], rows[1], rows[2], packing, scale)
+    plain, batched = peeled
+    members = next(len(t) for t, own in zip(plain, batched, strict=True) if own)
+
+    def attend() -> Tensor:
+        folded = [
+            (t.squeeze(1) if own else t.expand(members, -1, -1, -1)).transpose(1, 2)
+            for t, own in zip(plain, batched, strict=True)
+        ]
+        return _attend_members(folded[0], folded[1], folded[2], packing, scale).unsqueeze(1)
+
+    return run_on_members(attend)
+
+
+def _attend_members(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """(M, T, heads, D) each -> (M, T, heads, D)."""
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _attend_varlen(query, key, value, packing, scale)
+    if len(packing.groups) == 1:
+        return _attend_group(query, key, value, packing.groups[0], scale)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for group in packing.groups:
+        part = slice(group.start, group.start + group.count * group.length)
+        out[:, part] = _attend_group(query[:, part], key[:, part], value[:, part], group, scale)
+    return out
+
+
+def _attend_group(query: Tensor, key: Tensor, value: Tensor, group: Group, scale: float) -> Tensor:
+    """Texts of one length: members and texts are one batch of the fused kernel."""
+    members, tokens, heads, width = query.shape
+    folded = [
+        t.reshape(members * group.count, group.length, heads, width).transpose(1, 2) for t in (query, key, value)
+    ]
+    y = F.scaled_dot_product_attention(folded[0], folded[1], folded[2], scale=scale)
+    return y.transpose(1, 2).reshape(members, tokens, heads, width)
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """CUDA's flash attention on texts of any length: the members' rows are one longer row."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    members, tokens = query.shape[:2]
+    ends = boundaries(packing, members).to(query.device)
+    longest = packing.groups[-1].length
+    q, k, v = (t.reshape(members * tokens, *t.shape[2:]) for t in (query, key, value))
+    y: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
+    return y.view(query.shape)
+
+
+def boundaries(packing: Packing, members: int) -> Tensor:
+    """(M * B + 1,) int32: where each text of each member begins in the members' rows, one after another."""
+    lengths = [group.length for group in packing.groups for _ in range(group.count)]
+    return F.pad(torch.tensor(lengths * members).cumsum(0), (1, 0)).to(torch.int32)
+
+
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
+
+
+@contextmanager
+def packed(packing: Packing) -> Iterator[None]:
+    """Within it, encoders built with `ATTENTION` attend along this packing."""
+    token = _packing.set(packing)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def _attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    packing = _packing.get()
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    return attend_packed(query, key, value, packing, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+def _make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **kwargs) if _packing.get() is None else None
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, _make_mask)
