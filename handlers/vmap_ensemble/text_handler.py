@@ -76,6 +76,10 @@ class TextEnsembleHandler(VmapEnsembleHandler):
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
 
+    def default_labels(self) -> dict[int, str]:
+        """The labels of the members' config."""
+        return self.mode.labels
+
     def parse(self, item: Any) -> TextExample:
         """Read and tokenise one item."""
         return self.mode.encode(item)
