@@ -234,7 +234,9 @@ def adapt_state(state: State, model: nn.Module, embedding: bool) -> tuple[State,
         stripped = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
         state = {_modern_key(key.removeprefix(prefix), known): tensor for key, tensor in stripped.items()}
     unused = [key for key, tensor in state.items() if key not in known and _is_spare(key, tensor)]
-    return {key: tensor for key, tensor in state.items() if key not in unused}, [*heads, *unused]
+    # Called as the checkpoint calls them.
+    left_out = [f"{prefix}{key}" for key in unused] if heads else unused
+    return {key: tensor for key, tensor in state.items() if key not in unused}, [*heads, *left_out]
 
 
 def _modern_key(key: str, known: set[str]) -> str:

@@ -27,7 +27,8 @@ def show_survey(console: Console, name: str, survey: Survey) -> None:
     sizes = ", ".join(f"{dtype} {show_bytes(survey.stacked_bytes(DTYPES[dtype]))}" for dtype in DTYPES)
     console.print(f"memory when stacked: {sizes}")
     if survey.left_out:
-        console.print(f"left out, since the architecture has no use for them: {_few(survey.left_out)}", markup=False)
+        text = f"left out, since the architecture has no use for them: {_few(survey.left_out)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if not survey.architecture_checked:
         console.print("no architecture is named: the handler checks the members against its own at load")
     if len(survey.states) > 1 and not survey.own_keys():

@@ -129,7 +129,7 @@ def _adapt(states: list[State], model: nn.Module, architecture: str) -> tuple[li
     """The members with the keys of a transformers model, and what any of them has beyond those."""
     embedding = architecture == f"{TRANSFORMERS}embedding"
     adapted = [adapt_state(state, model, embedding) for state in states]
-    return [state for state, _ in adapted], list(dict.fromkeys(key for _, keys in adapted for key in keys))
+    return [state for state, _ in adapted], sorted({key for _, keys in adapted for key in keys})
 
 
 def _labels(sources: list[Source]) -> list[str]:
