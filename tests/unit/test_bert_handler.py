@@ -78,19 +78,25 @@ def save_tokenizer(folder: Path, token_types: bool) -> PreTrainedTokenizerFast:
     return fast
 
 
+def random_members(mode: str, config: Any, count: int) -> dict[str, Any]:
+    """Members whose outputs differ enough to tell them apart."""
+    members = {}
+    for index in range(count):
+        torch.manual_seed(index)
+        member = AUTO[mode].from_config(config).eval()
+        with torch.no_grad():
+            for parameter in member.parameters():
+                parameter.normal_(0, 0.3)
+        members[f"m{index}"] = member
+    return members
+
+
 @pytest.fixture
 def serve(make_archive, make_context):
     """An initialised handler of tiny members, the members, and the tokenizer."""
 
     def make(mode: str, config: Any, count: int = 2, change: Any = None, **settings: Any):
-        members = {}
-        for index in range(count):
-            torch.manual_seed(index)
-            member = AUTO[mode].from_config(config).eval()
-            with torch.no_grad():
-                for parameter in member.parameters():
-                    parameter.normal_(0, 0.3)
-            members[f"m{index}"] = member
+        members = random_members(mode, config, count)
         if change:
             change(members)
         # An embedding needs no pooler; the archiver leaves it out.

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
 from fastertransformer import build, trace
 from ft_bert_handler import FTBertHandler
-from tests.unit.test_bert_handler import AUTO, BIO, CONFIGS, VOCABULARY, save_tokenizer
+from tests.unit.test_bert_handler import BIO, CONFIGS, VOCABULARY, random_members, save_tokenizer
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.ft_library import load_ft_library
 from vmap_ensemble.members import Manifest, Member, hash_file
@@ -34,24 +33,12 @@ def library() -> Path:
     return path
 
 
-def make_members(mode: str, config: Any, count: int = 2) -> dict[str, Any]:
-    members = {}
-    for index in range(count):
-        torch.manual_seed(index)
-        member = AUTO[mode].from_config(config).eval()
-        with torch.no_grad():
-            for parameter in member.parameters():
-                parameter.normal_(0, 0.3)
-        members[f"m{index}"] = member
-    return members
-
-
 @pytest.fixture
 def serve(library: Path, tmp_path: Path, make_archive, make_context):
     """The handler of traced members, and the BERT handler of the same checkpoints."""
 
     def make(mode: str, config: Any, count: int = 2, **settings: Any):
-        members = make_members(mode, config, count)
+        members = random_members(mode, config, count)
         plain = make_archive({k: m.state_dict() for k, m in members.items()}, {"mode": mode})
         config.save_pretrained(plain / "pretrained")
         save_tokenizer(plain / "pretrained", token_types=True)
