@@ -8,9 +8,10 @@ from vmap_ensemble.errors import RequestError, SettingsError
 from vmap_ensemble.execution import Execution
 from vmap_ensemble.ft_library import accepts_token_types, load_ft_library, load_traced
 from vmap_ensemble.members import StackedMembers
+from vmap_ensemble.pretrained import PRETRAINED_FOLDER, read_config
 from vmap_ensemble.requests import Request
 from vmap_ensemble.settings import TracedSettings
-from vmap_ensemble.text_handler import PRETRAINED, TextEnsembleHandler
+from vmap_ensemble.text_handler import TextEnsembleHandler
 from vmap_ensemble.traced_forward import TracedForward
 
 TRACED_MODES = ("sequence_classification", "token_classification", "question_answering")
@@ -23,8 +24,6 @@ class FTBertHandler(TextEnsembleHandler):
 
     def load_forward(self) -> TracedForward:  # type: ignore[override]
         """Load the library, then the traced members, then the tokenizer."""
-        from transformers import AutoConfig  # here: it takes seconds, and only workers of text need it
-
         if self.settings.mode not in TRACED_MODES:
             raise SettingsError(
                 f"setup_config.json: mode: expected one of {', '.join(TRACED_MODES)} for traced members, got "
@@ -37,7 +36,7 @@ class FTBertHandler(TextEnsembleHandler):
             modules = [load_traced(self.folder / row.file, self.device) for row in rows]
         members = StackedMembers(tuple(row.name for row in rows), {}, {}, members=rows)
         with self._phase("prepare"):
-            config = AutoConfig.from_pretrained(self.folder / PRETRAINED, local_files_only=True)
+            config = read_config(self.folder / PRETRAINED_FOLDER, PRETRAINED_FOLDER)
             self.prepare_text(None, config, members.names)
         if all(accepts_token_types(module) for module in modules):
             self.argument_names.append("token_type_ids")

@@ -67,7 +67,6 @@ def read_block(name: str) -> dict[str, Any]:
         ServerError: there is no such archive; names those there are.
     """
     blocks: dict[str, Any] = json.loads((ROOT / "setup_config.json").read_text(encoding="utf-8"))
-    blocks = blocks.get("archives", blocks)
     if name not in blocks:
         raise ServerError(f"setup_config.json has no archive {name!r}: expected one of {', '.join(blocks)}")
     block: dict[str, Any] = blocks[name]

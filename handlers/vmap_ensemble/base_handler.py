@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,7 @@ class VmapEnsembleHandler(BaseHandler):
     def _phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if self.phases_s.get(name) is None:
-            self.phases_s[name] = time.perf_counter() - start
+        self.phases_s[name] = time.perf_counter() - start
 
     # --- answering ---------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class VmapEnsembleHandler(BaseHandler):
         replies: list[Any] = [None] * len(data)
         requests: dict[int, Request] = {}
         examples: list[Any] = []
-        owners: list[tuple[int, Options]] = []
+        options: list[Options] = []
         for index, row in enumerate(data):
             with self._guard(replies, index):
                 headers = context.get_all_request_header(index)
@@ -261,12 +261,12 @@ class VmapEnsembleHandler(BaseHandler):
                     request, parsed = self._parse_request(row, headers)
                     requests[index] = request
                     examples += parsed
-                    owners += [(index, request.options)] * len(parsed)
+                    options += [request.options] * len(parsed)
         parsed_at = time.perf_counter()
-        answers = self._predict(examples, [options for _, options in owners]) if examples else []
+        answers = iter(self._predict(examples, options) if examples else [])
         predicted_at = time.perf_counter()
         for index, request in requests.items():
-            own = [answer for (owner, _), answer in zip(owners, answers, strict=True) if owner == index]
+            own = list(islice(answers, len(request.items)))  # examples lie in the order of the requests
             with self._guard(replies, index):
                 replies[index] = self._reply(request, own)
         texts = [self._finish(reply, index) for index, reply in enumerate(replies)]
@@ -291,7 +291,7 @@ class VmapEnsembleHandler(BaseHandler):
         if unknown:
             known = ", ".join(self.forward.members.names)
             raise RequestError(422, f"subset: unknown member '{unknown[0][:80]}'; known: {known}")
-        if not self._weights([request.options]).any():
+        if request.options.subset is not None and not self._weights([request.options]).any():
             raise RequestError(422, "subset: the settings give its members no weight")
         return request, [self.parse(item) for item in request.items]
 

@@ -36,25 +36,13 @@ class Embedding(TextMode):
         mean = normalize(torch.einsum("mb,mbh->bh", share, own), dim=-1)
         cosine = torch.einsum("mbh,bh->mb", own, mean)
         spread = (1 - (share * cosine).sum(0)).clamp_min(0).tolist()
-        answers: list[Answer | RequestError] = []
-        for b, option in enumerate(options):
-            ensemble, left_out = self.ensemble_body(option, asked[:, b], finite[:, b])
-            if not ensemble["used"]:
-                answers.append(self.unusable())
-                continue
-            body: dict[str, Any] = {
-                "embedding": mean[b].tolist(),
-                "uncertainty": {"spread": spread[b]},
-                "ensemble": ensemble,
-            }
-            if option.detail:
-                body["members"] = [
-                    {"name": name, "cosine": cosine[m, b].item()}
-                    for m, name in enumerate(self.names)
-                    if asked[m, b] and finite[m, b]
-                ]
-            answers.append(Answer(body, None, left_out))
-        return answers
+        return self.answer_each(
+            options,
+            asked,
+            finite,
+            lambda b: {"embedding": mean[b].tolist(), "uncertainty": {"spread": spread[b]}},
+            lambda m, b: {"cosine": cosine[m, b].item()},
+        )
 
     def _pool(self, hidden: Tensor, examples: Sequence[TextExample]) -> Tensor:
         """(M, B, S, H) -> (M, B, H): the mean over real tokens, or the first token's."""

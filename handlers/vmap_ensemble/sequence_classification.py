@@ -102,25 +102,16 @@ class Regression(SingleLabel):
         values = torch.where(finite[..., None], values, 0.0)
         mean = torch.einsum("mb,mbl->bl", share, values)
         variance = torch.einsum("mb,mbl->bl", share, (values - mean).square())
-        answers: list[Answer | RequestError] = []
-        for b, option in enumerate(options):
-            ensemble, left_out = self.ensemble_body(option, asked[:, b], finite[:, b])
-            if not ensemble["used"]:
-                answers.append(self.unusable())
-                continue
-            body: dict[str, Any] = {
+        return self.answer_each(
+            options,
+            asked,
+            finite,
+            lambda b: {
                 "prediction": {"values": mean[b].tolist()},
                 "uncertainty": {"standard_deviation": variance[b].sqrt().tolist()},
-                "ensemble": ensemble,
-            }
-            if option.detail:
-                body["members"] = [
-                    {"name": name, "values": values[m, b].tolist()}
-                    for m, name in enumerate(self.names)
-                    if asked[m, b] and finite[m, b]
-                ]
-            answers.append(Answer(body, None, left_out))
-        return answers
+            },
+            lambda m, b: {"values": values[m, b].tolist()},
+        )
 
 
 def _binary_entropy(probabilities: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from vmap_ensemble.classification import Answer, read_labels
 from vmap_ensemble.embedding import Embedding
 from vmap_ensemble.errors import LoadError, RequestError, SettingsError
 from vmap_ensemble.fill_mask import FillMask
+from vmap_ensemble.pretrained import PRETRAINED_FOLDER
 from vmap_ensemble.question_answering import QuestionAnswering
 from vmap_ensemble.requests import Options
 from vmap_ensemble.sequence_classification import MultiLabel, Regression, SingleLabel
@@ -23,7 +24,6 @@ from vmap_ensemble.settings import TextSettings
 from vmap_ensemble.text_mode import TextExample, TextMode, pad_windows
 from vmap_ensemble.token_classification import TokenClassification
 
-PRETRAINED = "pretrained"
 MODES: dict[str, type[TextMode]] = {
     "token_classification": TokenClassification,
     "question_answering": QuestionAnswering,
@@ -60,10 +60,10 @@ class TextEnsembleHandler(VmapEnsembleHandler):
 
         settings = self.settings
         options = {} if settings.do_lower_case is None else {"do_lower_case": settings.do_lower_case}
-        folder = self.folder / PRETRAINED
+        folder = self.folder / PRETRAINED_FOLDER
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, **options)
         if not self.tokenizer.is_fast:
-            raise LoadError(f"{PRETRAINED}/: expected a fast tokenizer (tokenizer.json), got a slow one")
+            raise LoadError(f"{PRETRAINED_FOLDER}/: expected a fast tokenizer (tokenizer.json), got a slow one")
         if settings.num_labels is not None and settings.num_labels != config.num_labels:
             raise SettingsError(
                 f"setup_config.json: num_labels: {settings.num_labels}, but the members have {config.num_labels}"

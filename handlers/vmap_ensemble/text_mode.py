@@ -7,7 +7,7 @@ outputs into answers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +92,38 @@ class TextMode(ABC):
     def unusable(self) -> RequestError:
         """The reply where no member gave a finite output."""
         return RequestError(500, "no member gave a finite output for this input")
+
+    def answer_each(
+        self,
+        options: Sequence[Options],
+        asked: Tensor,
+        finite: Tensor,
+        body_of: Callable[[int], dict[str, Any]],
+        member_of: Callable[[int, int], dict[str, Any]],
+    ) -> list[Answer | RequestError]:
+        """One answer per example, from its own body and, where asked for, one row per member.
+
+        Args:
+            options: One per example.
+            asked: (M, B) bool, members with a weight.
+            finite: (M, B) bool, members whose output is finite.
+            body_of: Number of the example -> its prediction and uncertainty.
+            member_of: Numbers of member and example -> what that member says.
+        """
+        answers: list[Answer | RequestError] = []
+        for b, option in enumerate(options):
+            ensemble, left_out = self.ensemble_body(option, asked[:, b], finite[:, b])
+            if not ensemble["used"]:
+                answers.append(self.unusable())
+                continue
+            body = {**body_of(b), "ensemble": ensemble}
+            if option.detail:
+                used = (asked[:, b] & finite[:, b]).tolist()
+                body["members"] = [
+                    {"name": name, **member_of(m, b)} for m, name in enumerate(self.names) if used[m]
+                ]
+            answers.append(Answer(body, None, left_out))
+        return answers
 
     def ensemble_body(
         self, options: Options, asked: Tensor, finite: Tensor
