@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from archiver.survey import DTYPES, Survey
+from archiver.survey import Survey
 from archiver.traced import TracedMembers
 from vmap_ensemble.members import Manifest, hash_file
+from vmap_ensemble.runtime import DTYPES
 
 SHORT = 12
 

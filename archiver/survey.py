@@ -24,8 +24,6 @@ from vmap_ensemble.checkpoints import (
 )
 from vmap_ensemble.members import hash_file
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 Step = Callable[[str], None]
 
 

@@ -80,6 +80,21 @@ def encode(array, kind="PNG", **options):
     return buffer.getvalue()
 
 
+@pytest.fixture(scope="session")
+def ft_library():
+    """The FasterTransformer library, built and loaded; tests that need it skip where there is no compiler."""
+    from fastertransformer import build
+    from vmap_ensemble.ft_library import load_ft_library
+
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    path = build.ensure_library()
+    load_ft_library(path)
+    return path
+
+
 @pytest.fixture
 def make_archive(tmp_path):
     return lambda states, settings=None, shared=None: write_archive(tmp_path / "ar", states, settings, shared)

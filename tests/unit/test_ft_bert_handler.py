@@ -12,29 +12,17 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from fastertransformer import build, trace
+from fastertransformer import trace
 from ft_bert_handler import FTBertHandler
 from tests.unit.test_bert_handler import BIO, CONFIGS, VOCABULARY, random_members, save_tokenizer
 from vmap_ensemble.errors import LoadError, SettingsError
-from vmap_ensemble.ft_library import load_ft_library
 from vmap_ensemble.members import Manifest, Member, hash_file
 
 from bert_handler import BertEnsembleHandler  # isort: skip
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    try:
-        build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    path = build.ensure_library()
-    load_ft_library(path)
-    return path
-
-
 @pytest.fixture
-def serve(library: Path, tmp_path: Path, make_archive, make_context):
+def serve(ft_library: Path, tmp_path: Path, make_archive, make_context):
     """The handler of traced members, and the BERT handler of the same checkpoints."""
 
     def make(mode: str, config: Any, count: int = 2, **settings: Any):
@@ -52,7 +40,7 @@ def serve(library: Path, tmp_path: Path, make_archive, make_context):
             rows.append(Member(name, f"members/{name}.pt", hash_file(path), f"{name}.pt", path.stat().st_size))
         (traced / "members.json").write_text(Manifest(tuple(rows)).to_json())
         (traced / "setup_config.json").write_text(json.dumps({"mode": mode, **settings}))
-        shutil.copyfile(library, traced / "libpyt_fastertransformer.so")
+        shutil.copyfile(ft_library, traced / "libpyt_fastertransformer.so")
         return traced, plain
 
     return make

@@ -29,14 +29,8 @@ LENGTHS = [[1], [512], [15], [80, *[8] * 7], [3, 1, 40, 17], [(7 * i) % 60 + 1 f
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library() -> Path:
-    try:
-        build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    path = build.ensure_library()
-    load_ft_library(path)
-    return path
+def library(ft_library: Path) -> Path:
+    return ft_library
 
 
 def make_config(**changes):
