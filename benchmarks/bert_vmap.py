@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.measure import Timing, describe_machine, measure_interleaved, print_timings, write_json
+from benchmarks.measure import Timing, describe_machine, make_session, measure_interleaved, print_timings, write_json
 from benchmarks.vmap_comparison import perturb
 from vmap_ensemble.batching_rules import FastRules
 from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward
@@ -113,11 +113,6 @@ def build_rivals(
 
 def export_to_onnx(modules: list[PreTrainedModel], threads: int) -> Run:
     """One ONNX Runtime session a member, with all its optimisations."""
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     example = (torch.ones(2, 16, dtype=torch.long), torch.ones(2, 16, dtype=torch.long))
     batch, width = torch.export.Dim("batch", min=1, max=512), torch.export.Dim("width", min=1, max=512)
     sessions = []
@@ -128,8 +123,7 @@ def export_to_onnx(modules: list[PreTrainedModel], threads: int) -> Run:
         )  # fmt: skip
         if program is None:
             raise EnsembleError("ONNX Runtime: the exporter returned no program")
-        model = program.model_proto.SerializeToString()
-        sessions.append(onnxruntime.InferenceSession(model, settings, ["CPUExecutionProvider"]))
+        sessions.append(make_session(program.model_proto.SerializeToString(), threads))
 
     def run(inputs: Inputs) -> Tensor:
         names = [entry.name for entry in sessions[0].get_inputs()]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import describe_machine, measure_interleaved, print_timings, write_json
+from benchmarks.measure import describe_machine, make_session, measure_interleaved, print_timings, write_json
 from vmap_ensemble.convolution import prepare
 from vmap_ensemble.execution import ExecutionOptions, build_execution
 from vmap_ensemble.forward import EnsembleForward
@@ -98,11 +98,7 @@ class Rivals:
         return lambda: torch.from_numpy(session.run(None, feed)[0])
 
     def _session(self, network: nn.Module, name: str) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        return onnxruntime.InferenceSession(self._export(network, name), options, providers=["CPUExecutionProvider"])
+        return make_session(self._export(network, name), torch.get_num_threads())
 
     def _export(self, network: nn.Module, name: str) -> str:
         path = self.folder / f"{name}.onnx"

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import describe_machine, measure_interleaved
+from benchmarks.measure import describe_machine, make_session, measure_interleaved
 from fastertransformer.build import ensure_library
 from fastertransformer.trace import DTYPES, trace_checkpoint
 from vmap_ensemble.ft_library import load_ft_library, load_traced
@@ -77,8 +77,6 @@ def make_batch(lengths: list[int], pad_to: int, vocabulary: int, device: str) ->
 
 def export_onnx(model: Any, file: Path) -> Any:
     """Return an ONNX Runtime session of the model with dynamic batch and length."""
-    import onnxruntime
-
     class Logits(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -93,9 +91,7 @@ def export_onnx(model: Any, file: Path) -> Any:
         Logits(), (ids, mask), str(file), dynamo=True, verbose=False, external_data=False,
         input_names=["input_ids", "attention_mask"], dynamic_shapes={"input_ids": axes, "attention_mask": axes},
     )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return make_session(str(file), torch.get_num_threads())
 
 
 def list_rivals(model: Any, traced: Any, session: Any, lengths: list[int], device: str) -> dict[str, Rival]:
