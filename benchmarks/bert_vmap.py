@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.measure import Timing, describe_machine, make_session, measure_interleaved, print_timings, write_json
 from benchmarks.vmap_comparison import perturb
 from vmap_ensemble.batching_rules import FastRules
-from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward
+from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward, linear_weights
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.members import StackedMembers, stack_members
 
@@ -93,7 +93,7 @@ def build_rivals(
     def loop(inputs: Inputs) -> Tensor:
         return torch.stack([module(*inputs).last_hidden_state for module in modules])
 
-    rules = FastRules(members.stacked)
+    rules = FastRules(linear_weights(modules[0], members))
     stock = EncoderForward(skeleton(), members, nullcontext)
     ruled = EncoderForward(skeleton(), members, lambda: rules)
     ours = PackedEncoderForward(skeleton(), members, lambda: rules)

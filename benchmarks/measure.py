@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-
 # Threads of the rival before (OpenMP's, ONNX Runtime's) spin for a while after its last call, on cores that the
 # next one needs.
 SETTLE_S = 0.005

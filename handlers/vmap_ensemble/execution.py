@@ -1,7 +1,7 @@
 """Turns a vmapped forward and a mode into the callable that serves: the same values, run the fastest way.
 
 reference  the plain loop over members         eager     one vmapped call
-prepared   vmapped, convolutions prepared      compiled  torch.compile(vmap(f))
+prepared   vmapped, weights prepared          compiled  torch.compile(vmap(f))
 cudagraph  vmapped, recorded per batch size    auto      whichever is measured fastest, never below the loop
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from vmap_ensemble.convolution import ConvolutionForward, prepare
+from vmap_ensemble.convolution import prepare
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.forward import EnsembleForward
@@ -153,7 +153,10 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> ConvolutionForward:
+def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> Run:
+    own = forward.prepared(example)
+    if own is not None:
+        return own
     tolerance = {} if options.tolerance is None else {"tolerance": options.tolerance}
     return prepare(forward.model, forward.members, *example, **tolerance)  # type: ignore[arg-type]
 

@@ -106,6 +106,14 @@ class EnsembleForward:
         part._index = self._index[start:stop]
         return part
 
+    def prepared(self, example: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """A preparation of its own for execution `prepared`, a callable like this one; here none.
+
+        Args:
+            example: Arguments of the kind that will be served.
+        """
+        return None
+
     def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
         """The part of an output that must equal the members' own; here all of it.
 
