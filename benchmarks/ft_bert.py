@@ -27,6 +27,7 @@ from benchmarks.measure import describe_machine, make_session, measure_interleav
 from fastertransformer.build import ensure_library
 from fastertransformer.trace import DTYPES, trace_checkpoint
 from vmap_ensemble.ft_library import load_ft_library, load_traced
+from vmap_ensemble.runtime import keep_freed_memory
 
 FULL = 128  # the length that a server pads to when it doesn't look at the batch
 CELLS: dict[str, list[int]] = {
@@ -186,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print; with --check, 1 if a target is missed."""
     options = parse_options(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
     load_ft_library(ensure_library())
     rows = measure_cells(options)
     print_rows(rows)

@@ -93,9 +93,8 @@ def _find_row_limit(entries: list[tuple[Tensor, list[Tensor]]]) -> float:
     """
     if not entries:
         return FEW_ROWS
-    weight, matrices = max(entries, key=lambda entry: entry[0][-1].numel() if entry[0].ndim == 3 else 0)
-    if weight.ndim == 2:
-        weight = weight.unsqueeze(0)
+    weight, matrices = max(entries, key=lambda entry: entry[0].shape[-2:].numel())
+    weight = weight.reshape(-1, *weight.shape[-2:])
     rows = torch.ones(len(weight), MANY_ROWS, weight.shape[-1])
 
     def time_s(function: Callable[[], Tensor]) -> float:
