@@ -258,7 +258,7 @@ class VmapEnsembleHandler(BaseHandler):
                 headers = context.get_all_request_header(index)
                 replies[index] = self._special_reply(row, headers)
                 if replies[index] is None:
-                    request, parsed = self._parse_request(row, headers)
+                    request, parsed = self.read_examples(read_request(row, headers))
                     requests[index] = request
                     examples += parsed
                     options += [request.options] * len(parsed)
@@ -283,19 +283,23 @@ class VmapEnsembleHandler(BaseHandler):
             return dump_json(self.explain_request(read_request(row, headers)))
         return None
 
-    def _parse_request(self, row: dict[str, Any], headers: dict[str, Any]) -> tuple[Request, list[Any]]:
-        request = read_request(row, headers)
+    def read_examples(self, request: Request) -> tuple[Request, list[Any]]:
+        """Check a request's options, and parse its items; lists are batches where the handler says so.
+
+        Raises:
+            RequestError: An item can't be read, or the subset names a member that isn't there.
+        """
         if self.lists_are_batches:
             request = as_batch(request)
         unknown = sorted(set(request.options.subset or ()) - set(self.forward.members.names))
         if unknown:
             known = ", ".join(self.forward.members.names)
             raise RequestError(422, f"subset: unknown member '{unknown[0][:80]}'; known: {known}")
-        if request.options.subset is not None and not self._weights([request.options]).any():
+        if request.options.subset is not None and not self.weights_of([request.options]).any():
             raise RequestError(422, "subset: the settings give its members no weight")
         return request, [self.parse(item) for item in request.items]
 
-    def _weights(self, options: Sequence[Options]) -> Tensor:
+    def weights_of(self, options: Sequence[Options]) -> Tensor:
         """(M, B) weights: the settings', 0 for members outside an example's subset."""
         weights = self.member_weights.expand(-1, len(options))
         if all(option.subset is None for option in options):
@@ -324,7 +328,7 @@ class VmapEnsembleHandler(BaseHandler):
     @torch.inference_mode()
     def _forward_and_answer(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
         outputs = self.run(*self.collate(examples))
-        answers = self.answers(outputs, self._weights(options), options, examples)
+        answers = self.answers(outputs, self.weights_of(options), options, examples)
         if len(answers) != len(examples):
             raise ValueError(f"answers: expected one for each of {len(examples)} examples, got {len(answers)}")
         return answers
@@ -347,6 +351,8 @@ class VmapEnsembleHandler(BaseHandler):
             yield
         except RequestError as error:
             replies[index] = error
+        except torch.OutOfMemoryError:
+            replies[index] = RequestError(507, "not enough memory for this input")
         except Exception as error:
             logger.error("request %d failed: %s", index, _where(error))
             replies[index] = RequestError(500, "this request could not be answered")

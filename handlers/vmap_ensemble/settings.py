@@ -115,7 +115,20 @@ class TextSettings(Settings):
         512, description="Longest sequence in tokens; the rest is cut off, or read in windows."
     )
     captum_explanation: bool = Field(True, description="Whether /explanations/ is answered.")
-    embedding_name: str = Field("", description="Attribute of the model that holds the embeddings; found by default.")
+    embedding_name: str = Field(
+        "",
+        description="Module of the model whose output explanations are about, or that holds `embeddings` (`bert`); "
+        "found by default.",
+    )
+    explanation_steps: PositiveInt = Field(
+        50, description="Points of the integral of an explanation; more make its `delta` smaller."
+    )
+    explanation_batch_size: PositiveInt = Field(
+        16, description="Points of the integral that are computed at once; fewer need less memory."
+    )
+    max_explanations: PositiveInt = Field(
+        16, description="Explanations that one request may ask for: items times targets; more are refused with a 413."
+    )
     FasterTransformer: bool = Field(False, description="Members are traced FasterTransformer modules.")
     problem_type: Literal["single_label", "multi_label", "regression"] | None = Field(
         None, description="Of a sequence classification; the members' config by default."
