@@ -156,7 +156,7 @@ def to_html(answers: Sequence[Sequence[Card]], explains: str) -> str:
 
 def _section(card: Card) -> str:
     facts = "".join(f"<div><dt>{escape(name)}</dt> <dd>{escape(value)}</dd></div>" for name, value in card.facts)
-    parts = []
+    parts: list[str] = []
     several = len({word.of for word in card.words}) > 1
     for word in card.words:
         if word.begins_text:
