@@ -98,7 +98,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         check_archive(Path(mar), Path(rest[0]) if rest else None, console, options.debug)
         return 0
     # An archive can be made without any block, from the command line alone.
-    blocks = read_blocks(options.config) if options.config.is_file() or not options.members else {}
+    only = options.name[0] if len(options.name) == 1 else None
+    blocks = read_blocks(options.config, only) if options.config.is_file() or not options.members else {}
     if options.list:
         return _list(blocks, options.output, console)
     names = list(blocks) if options.all else options.name

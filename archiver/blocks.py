@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from archiver import HANDLERS
+from archiver.flat import DEFAULT_NAME, is_flat, read_flat
 from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
@@ -45,11 +46,15 @@ class ArchiveRequest:
     library_path: Path | None = None
 
 
-def read_blocks(path: Path) -> dict[str, dict[str, Any]]:
+def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]]:
     """Read setup_config.json: archive name -> block.
 
+    Args:
+        path: The file; a flat one, as TorchServe's Hugging Face example has it, is a single block.
+        name: What the archive of a flat file is called; by default what the file says, or `ens`.
+
     Raises:
-        ArchiveError: It is missing, not JSON, or not an object of objects.
+        ArchiveError: It is missing, not JSON, or neither an object of objects nor a flat block.
     """
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))
@@ -59,6 +64,9 @@ def read_blocks(path: Path) -> dict[str, dict[str, Any]]:
         raise ArchiveError(f"{path.name}: expected JSON ({error})") from None
     if not isinstance(blocks, dict):
         raise ArchiveError(f"{path.name}: expected an object, archive name -> block")
+    if is_flat(blocks):
+        block = read_flat(blocks, path.absolute().parent, path.name)
+        return {name or str(blocks.get("name", DEFAULT_NAME)): block}
     for name, block in blocks.items():
         if not isinstance(block, dict):
             raise ArchiveError(f"{path.name}: block '{name}': expected an object, got {type(block).__name__}")

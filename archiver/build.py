@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from archiver.blocks import ArchiveRequest
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.pack import pack_archive, settings_of, target_path
-from archiver.pretrained import check_num_labels, choose_pretrained, stage_pretrained
+from archiver.pretrained import check_num_labels, check_tokenizer, choose_pretrained, stage_pretrained
 from archiver.report import show_archive, show_survey, show_traced
 from archiver.resolve import Source, resolve_members
 from archiver.survey import Survey, survey_members
@@ -57,7 +57,8 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
     pretrained = choose_pretrained(sources, request.pretrained)
     if pretrained is not None:
         root = stage_pretrained(pretrained, scratch / "root")
-        check_num_labels(request.settings.get("num_labels"), root)
+        check_num_labels(request.settings, root)
+        check_tokenizer(pretrained.name, root)
         request = dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
     survey: Survey | TracedMembers
     if is_traced(request.settings):
@@ -91,9 +92,7 @@ def _survey(request: ArchiveRequest, sources: list[Source], console: Console) ->
         return survey_members(sources, architecture, num_classes, folder, request.allow_nan, step)
 
 
-def _survey_traced(
-    request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console
-) -> TracedMembers:
+def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console) -> TracedMembers:
     if request.pretrained is None:
         raise ArchiveError(
             f"'{request.name}': traced members bring no config.json and no tokenizer; name the directory that they "

@@ -107,7 +107,9 @@ class TextSettings(Settings):
     ] = Field("sequence_classification", description="What is asked of the text.")
     model_name: str = Field("", description="Name of the pretrained model; for people, nothing is fetched.")
     do_lower_case: bool | None = Field(None, description="Lower the text; the tokenizer's own choice by default.")
-    num_labels: PositiveInt | None = Field(None, description="Number of labels; must equal the members'.")
+    num_labels: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Number of labels; of a classification it must equal the members', 0 says nothing."
+    )
     save_mode: Literal["pretrained", "torchscript"] = Field(
         "pretrained", description="`pretrained`: weights; `torchscript`: traced members."
     )
