@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import CONVOLUTIONS, LoweredModel, convolve, convolve_add, drop_unused_slots, mark_batched
+from vmap_ensemble.lowering import (
+    CONVOLUTIONS,
+    LoweredModel,
+    UnsupportedModel,
+    convolve,
+    convolve_add,
+    drop_unused_slots,
+    mark_batched,
+)
 
 LEVELS, WEIGHT_LEVELS = 255, 127
 # oneDNN's call costs more than it saves on a smaller linear layer (10x128: 21 us in 8 bits, 4 us in float32).
@@ -134,8 +142,33 @@ def _known(scale: Scale | None) -> Scale:
 
 
 def find_layers(lowered: LoweredModel, nodes: list[fx.Node], values: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """The nodes that get an 8-bit form: convolutions, and linear layers that are large enough."""
-    return [node for node in nodes if _is_layer(lowered, node, values)]
+    """The nodes that get an 8-bit form: convolutions, and linear layers that are large enough.
+
+    Raises:
+        UnsupportedModel: They hold less than half of the weights, as in a transformer: 8 bits would gain nothing.
+    """
+    layers = [node for node in nodes if _is_layer(lowered, node, values)]
+    sizes = {
+        name: tensor[0].numel() if name in lowered.stacked else tensor.numel() for name, tensor in _slots(lowered)
+    }
+    names = {_weight_of(node).name for node in layers}
+    in_8_bits = sum(sizes[name] for name in names)
+    in_float = sum(size for name, size in sizes.items() if name not in names and size >= MIN_LINEAR_WEIGHTS)
+    if in_8_bits <= in_float:
+        raise UnsupportedModel(
+            f"quantization int8: only {len(layers)} layers with {in_8_bits} weights of this architecture have an "
+            f"8-bit form, {in_float} weights would stay float32; see docs/precision.md"
+        )
+    return layers
+
+
+def _slots(lowered: LoweredModel) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in lowered.slots.items() if tensor.is_floating_point()]
+
+
+def _weight_of(layer: fx.Node) -> Any:
+    args: Any = layer.args
+    return args[2] if layer.target is convolve_add else args[1]
 
 
 def _is_layer(lowered: LoweredModel, node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
@@ -171,8 +204,7 @@ def name_values(lowered: LoweredModel, layers: list[fx.Node]) -> dict[fx.Node, s
 def _name(value: fx.Node) -> str:
     if value.target not in CONVOLUTIONS:
         return value.name
-    weight = value.args[2] if value.target is convolve_add else value.args[1]
-    return str(weight).removeprefix("slot_").removesuffix("_folded").removesuffix("_weight")
+    return str(_weight_of(value)).removeprefix("slot_").removesuffix("_folded").removesuffix("_weight")
 
 
 def quantise_graph(

@@ -221,6 +221,21 @@ def test_a_model_without_convolutions_is_refused():
         calibrate(make().eval(), build_members(make, 2)[1], [(torch.randn(1, 300),)])
 
 
+def test_a_model_whose_weights_stay_float32_is_refused():
+    class Tokens(nn.Module):  # as in a vision transformer: the linear layers work on (B, tokens, hidden)
+        def __init__(self):
+            super().__init__()
+            self.project, self.mix = nn.Conv2d(3, 300, 4, 4), nn.Linear(300, 300)
+
+        def forward(self, x):
+            return self.mix(self.project(x).flatten(2).transpose(1, 2)).mean(1)
+
+    with pytest.raises(
+        UnsupportedModel, match=r"only 1 layers with 14400 weights .* 90000 weights would stay float32"
+    ):
+        calibrate(Tokens().eval(), build_members(Tokens, 2)[1], [(torch.randn(1, 3, 8, 8),)])
+
+
 def test_other_members_than_the_calibrated_ones_are_refused():
     forward, _, x = quantised(*CASES["plain"][:1], 2, CASES["plain"][1])
     with pytest.raises(LoadError, match="calibrated for the members a, b, the archive holds"):
