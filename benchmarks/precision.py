@@ -38,6 +38,7 @@ from vmap_ensemble.quantised_forward import QuantisedForward
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_IMAGES, TEST_BATCH = 256, 200
 BLOCK = 4  # calls of one rival in a row
+HOPELESS = 5  # times the float32 loop
 
 Forward = Callable[[Tensor], Any]
 
@@ -100,7 +101,15 @@ def compare_times(rivals: Rivals, example: Tensor, seconds: float) -> tuple[list
             continue
         differences[name] = float((run(example) - want).abs().max() / want.abs().max())
         runs[name] = lambda run=run: run(example)  # type: ignore[misc]
-    trial = measure_interleaved(runs, example.device, warmup=2, iterations=2, block=2)
+    trial = measure_interleaved(runs, example.device, warmup=1, iterations=2, block=2)
+    loop_ms = trial[0].median_ms
+    for timing in [timing for timing in trial if timing.median_ms > HOPELESS * loop_ms]:
+        print(
+            f"{timing.name} takes {timing.median_ms:.0f} ms, {timing.median_ms / loop_ms:.0f} times the loop; "
+            "it is measured no further"
+        )
+        del runs[timing.name]
+        trial.remove(timing)
     rounds = max(3, min(100, round(1e3 * seconds / (BLOCK * sum(timing.mean_ms for timing in trial)))))
     return measure_interleaved(runs, example.device, BLOCK, rounds * BLOCK, BLOCK), differences
 
