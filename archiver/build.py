@@ -15,14 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from archiver.blocks import ArchiveRequest
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.pack import pack_archive, settings_of, target_path
+from archiver.precision import check_precision, judge_precision
 from archiver.pretrained import check_num_labels, check_tokenizer, choose_pretrained, stage_pretrained
-from archiver.report import show_archive, show_survey, show_traced
+from archiver.report import show_archive, show_precision, show_survey, show_traced
 from archiver.resolve import Source, resolve_members
 from archiver.survey import Survey, survey_members
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
 from vmap_ensemble.architecture import TRANSFORMERS
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.pretrained import PRETRAINED_FOLDER
+from vmap_ensemble.settings import parse_settings
 
 Step = Callable[[str], None]
 
@@ -47,7 +49,9 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
         if path is not None and not path.is_file():
             raise ArchiveError(f"'{request.name}': {path.name}: no such file")
     handler = load_handler(request.handler)
-    check_block(request.settings, handler, f"setup_config.json, block '{request.name}'")
+    where = f"setup_config.json, block '{request.name}'"
+    check_block(request.settings, handler, where)
+    check_precision(request, parse_settings(request.settings, handler.settings_class, where))
     with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
         return _build(request, handler, Path(scratch), target, console)
 
@@ -68,8 +72,14 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
         survey = _survey(request, sources, console)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
-    with _progress(console, f"pack {request.name}", len(sources) + 2) as step:
-        manifest = pack_archive(request, survey, target, step)
+    with _progress(console, f"pack {request.name}", len(sources) + 2 + (3 if request.samples else 0)) as step:
+
+        def complete(stage: Path) -> None:
+            found = judge_precision(handler, request, stage, step)
+            if found or request.samples:
+                show_precision(console, found)
+
+        manifest = pack_archive(request, survey, target, step, complete)
     show_archive(console, target, manifest)
     return target
 

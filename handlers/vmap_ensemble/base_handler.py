@@ -36,9 +36,10 @@ from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.images import check_shape, read_item
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
+from vmap_ensemble.precision import Precision, read_precision
 from vmap_ensemble.proof import Proof, prove_equal
 from vmap_ensemble.requests import Options, Request, as_batch, dump_json, error_body, read_request, wrap_answers
-from vmap_ensemble.runtime import configure_torch, quieten_worker, seconds_since_process_start
+from vmap_ensemble.runtime import DTYPES, configure_torch, quieten_worker, seconds_since_process_start
 from vmap_ensemble.settings import Settings, load_settings
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class VmapEnsembleHandler(BaseHandler):
         settings: The archive's settings.
         forward: The vmapped forward of the members.
         execution: How the forward is run, and why.
+        precision: What precision.json says of the archive, if there is one.
         proof: What the comparison with the members' own forwards showed at load.
         phases_s: Seconds spent in each phase of loading.
     """
@@ -70,6 +72,7 @@ class VmapEnsembleHandler(BaseHandler):
     forward: EnsembleForward
     proof: Proof
     execution: Execution
+    precision: Precision | None
 
     # --- what a handler of your own may override ---------------------------------------------------------
 
@@ -163,14 +166,26 @@ class VmapEnsembleHandler(BaseHandler):
             self.metrics = Metrics(context.metrics, context.model_name)
         with self._phase("read"):
             self.archive = read_manifest(self.folder)
+            self.precision = read_precision(self.folder)
         self.forward = self.load_forward()
-        self.member_weights = self._read_weights(self.forward.members)
+        self.member_weights = self.read_weights(self.forward.members)
         self.class_answers = ClassAnswers(
             self.settings, self.forward.members.names, read_labels(self.folder) or self.default_labels()
         )
         with self._phase("execution"):
             self.choose_execution(config)
         self._prove()
+
+    def open(self, folder: Path, settings: Settings) -> None:
+        """Make ready for `load_forward` and `collate` outside of a server, on the CPU.
+
+        Args:
+            folder: An unpacked archive.
+            settings: What to take for its settings; its own may ask for another precision.
+        """
+        self.folder, self.settings, self.phases_s = folder, settings, {}
+        self.device, self.dtype = torch.device("cpu"), DTYPES[settings.dtype]
+        self.precision = read_precision(folder)
 
     def load_forward(self) -> EnsembleForward:
         """Build the architecture, stack the members, and join both."""
@@ -215,8 +230,12 @@ class VmapEnsembleHandler(BaseHandler):
         for name in self.proof.not_finite:
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
 
-    def _read_weights(self, members: StackedMembers) -> Tensor:
-        """(M, 1) weights of the members."""
+    def read_weights(self, members: StackedMembers) -> Tensor:
+        """(M, 1) weights of the members, as the settings give them.
+
+        Raises:
+            SettingsError: They are for other members, or all 0.
+        """
         given = self.settings.weights
         if given is None:
             return torch.ones(len(members.names), 1, device=self.device)
@@ -394,6 +413,7 @@ class VmapEnsembleHandler(BaseHandler):
             "architecture": self.architecture,
             "size": len(self.forward.members.names),
             "dtype": self.settings.dtype,
+            "precision": self.precision.summary() if self.precision else None,
             "device": str(self.device),
             "threads": self.threads,
             "execution": {

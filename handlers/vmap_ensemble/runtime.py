@@ -19,6 +19,8 @@ from vmap_ensemble.threads import cores_at_hand, threads_per_worker
 # malloc.h's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
 _MALLOC_OPTIONS = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26))
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,7 +48,10 @@ def configure_torch(settings: Settings, gpu_id: int | None, model_config: Mappin
     # TorchServe's base handler turns TF32 on at import on Ampere and later; the settings decide here.
     torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = settings.float32_matmul_precision != "highest"
-    return Runtime(torch.device(settings.device or default), DTYPES[settings.dtype], threads)
+    runtime = Runtime(torch.device(settings.device or default), DTYPES[settings.dtype], threads)
+    if settings.dtype == "fp16" and runtime.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        logger.warning("this CPU has no float16 kernels: fp16 is far slower here than fp32; see docs/precision.md")
+    return runtime
 
 
 def keep_freed_memory() -> bool:

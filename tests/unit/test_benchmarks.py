@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 
 from benchmarks import batching_rules, draw_sample_image, measure, mnist_vmap, resnet_vmap, vmap_comparison
 from vmap_ensemble.batching_rules import RULES
+from benchmarks import draw_sample_image, measure, mnist_vmap, precision, resnet_vmap, vmap_comparison
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.mnist_net import MnistNet
 from vmap_ensemble.packing import take_first
@@ -232,3 +233,28 @@ def test_a_rule_that_gives_other_numbers_is_an_error(monkeypatch, capsys) -> Non
     assert "differs from the loop beyond the tolerance: first tokens (single)" in capsys.readouterr().err
     assert batching_rules.main([*RULES_BRIEFLY, "--repeat", "0"]) == 2
     assert "--repeat: expected 1 or more, got 0" in capsys.readouterr().err
+# --- precision ----------------------------------------------------------------------------------------------
+
+
+def test_precisions_are_judged_and_timed(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "figures.json"
+    arguments = ["--members", str(checkpoint), "--data-dir", "sample", "--batch", "1", "--seconds", "0.1"]
+    assert precision.main([*arguments, "--markdown", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    rows = {row["name"]: row for row in figures["accuracy"]}
+    assert rows["fp32"]["changed"] == 0
+    assert rows["fp32"]["largest"] == 0.0
+    assert 0 < rows["int8"]["largest"] < 0.05
+    assert rows["int8"]["images"] == 2000
+    assert abs(rows["int8"]["accuracy"] - rows["fp32"]["accuracy"]) <= rows["int8"]["changed"] / 2000
+    times = figures["times"]["1"]
+    assert {timing["name"] for timing in times["timings"]} >= {"fp32 loop", "fp32 prepared", "int8"}
+    assert times["differences"]["fp32 prepared"] < 1e-5 < times["differences"]["int8"]
+    assert "| int8 |" in capsys.readouterr().out
+
+
+def test_checkpoints_of_other_models_can_not_be_judged(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        precision.main(["--model", "resnet18", "--members", "a.pt"])
+    assert stop.value.code == 2
+    assert "--members are MNIST checkpoints" in capsys.readouterr().err
