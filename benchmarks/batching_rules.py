@@ -99,7 +99,7 @@ def make_cases(members: int, lengths: list[int]) -> list[Case]:
     shared, own = draw(1, tokens, WIDTH), draw(members, 1, tokens, WIDTH)
     wide, bias = draw(members, INNER, WIDTH), draw(members, INNER)
     scale, shift = draw(members, WIDTH), draw(members, WIDTH)
-    plain = [
+    plain: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], tuple[bool, ...]]] = [
         ("embedding", F.embedding, (ids, draw(members, VOCABULARY, WIDTH)), (False, True)),
         ("linear, input shared", F.linear, (shared, wide, bias), (False, True, True)),
         ("linear", F.linear, (own, wide, bias), (True, True, True)),

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.forward import SHAPES, build_members, build_network, stack_networks
 from benchmarks.measure import Timing, describe_machine, measure_interleaved
+from benchmarks.networks import NETWORKS, build_members, stack_networks
 from training.evaluate import combine, find_members, score
 from training.mnist import open_data, positive
 from training.mnist_data import DataError, Digits, normalise
@@ -37,6 +37,7 @@ from vmap_ensemble.quantised_forward import QuantisedForward
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_IMAGES, TEST_BATCH = 256, 200
+IMAGE_NETWORKS = ("mnist", "resnet18", "resnet50")
 BLOCK = 4  # calls of one rival in a row
 HOPELESS = 5  # times the float32 loop
 
@@ -76,7 +77,7 @@ class Rivals:
             UnsupportedModel: It can't be had on this machine; the text says why.
         """
         precision, _, way = name.partition(" ")
-        network = build_network(self.model)
+        network = NETWORKS[self.model].build()
         if precision == "int8":
             self.ranges = self.ranges or calibrate(network, self.members, [(batch,) for batch in self.samples])
             return QuantisedForward(network, self.members, self.ranges, (example,))
@@ -182,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", choices=sorted(SHAPES), default="mnist")
+    add("--model", choices=IMAGE_NETWORKS, default="mnist")
     add("--members", type=Path, nargs="+", help="MNIST checkpoints, or folders of them; else random weights")
     add("--count", type=positive(int), default=8, help="members with random weights")
     add("--batch", type=positive(int), nargs="*", default=[1, 8], help="batch sizes to time; none times nothing")
@@ -203,8 +204,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         _, train, test = open_data(options.data_dir, False)
         samples = list(normalise(train.images[:CALIBRATION_IMAGES]).split(32))
     else:
-        networks = build_members(options.model, options.count)
-        samples = [torch.randn(8, *SHAPES[options.model])]
+        networks = build_members(NETWORKS[options.model], options.count)
+        samples = list(NETWORKS[options.model].make_args(8))
     rivals = Rivals(options.model, networks, samples)
     figures: dict[str, Any] = {
         "machine": describe_machine(torch.device("cpu")),

@@ -10,9 +10,16 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from benchmarks import batching_rules, draw_sample_image, measure, mnist_vmap, resnet_vmap, vmap_comparison
+from benchmarks import (
+    batching_rules,
+    draw_sample_image,
+    measure,
+    mnist_vmap,
+    precision,
+    resnet_vmap,
+    vmap_comparison,
+)
 from vmap_ensemble.batching_rules import RULES
-from benchmarks import draw_sample_image, measure, mnist_vmap, precision, resnet_vmap, vmap_comparison
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.mnist_net import MnistNet
 from vmap_ensemble.packing import take_first
@@ -233,6 +240,8 @@ def test_a_rule_that_gives_other_numbers_is_an_error(monkeypatch, capsys) -> Non
     assert "differs from the loop beyond the tolerance: first tokens (single)" in capsys.readouterr().err
     assert batching_rules.main([*RULES_BRIEFLY, "--repeat", "0"]) == 2
     assert "--repeat: expected 1 or more, got 0" in capsys.readouterr().err
+
+
 # --- precision ----------------------------------------------------------------------------------------------
 
 
