@@ -16,8 +16,9 @@ from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
 from vmap_ensemble.precision import PRECISION_FILE, Precision
 from vmap_ensemble.prepacking import member_slot, record_values
-from vmap_ensemble.quantisation import Layer, Ranges, quantise_graph
+from vmap_ensemble.quantisation import Ranges, quantise_graph
 from vmap_ensemble.quantised_kernels import pack_quantised
+from vmap_ensemble.quantised_steps import Layer
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from vmap_ensemble.lowering import ACTIVATIONS, LoweredModel
 from vmap_ensemble.prepacking import is_consumable
-from vmap_ensemble.quantisation import (
+from vmap_ensemble.quantised_steps import (
     Layer,
     convolve_add_u8,
     convolve_u8,

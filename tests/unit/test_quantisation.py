@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.test_convolution import CASES, Headed, build_members
-from vmap_ensemble import quantisation as q8
 from vmap_ensemble import quantised_kernels as kernels
+from vmap_ensemble import quantised_steps as q8
 from vmap_ensemble.calibration import calibrate
 from vmap_ensemble.convolution import UnsupportedModel
 from vmap_ensemble.errors import LoadError
