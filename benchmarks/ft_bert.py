@@ -78,6 +78,7 @@ def make_batch(lengths: list[int], pad_to: int, vocabulary: int, device: str) ->
 
 def export_onnx(model: Any, file: Path) -> Any:
     """Return an ONNX Runtime session of the model with dynamic batch and length."""
+
     class Logits(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         machine["cuda"] = torch.version.cuda
         machine["cudnn_allow_tf32"] = torch.backends.cudnn.allow_tf32
     return machine
+
+
+def describe_versions(*packages: str) -> dict[str, str]:
+    """Package -> its version, or "not installed"."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def _count_cores() -> int:

@@ -15,14 +15,13 @@ import signal
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import describe_machine, write_json
+from benchmarks.measure import describe_machine, describe_versions, write_json
 from benchmarks.serve.archives import SUBJECTS, loop_probabilities, write_members
 from benchmarks.serve.load import make_plan, measure_memory, run_client, summarise_rounds
 from benchmarks.serve.rivals import RIVALS, Rival, Setting
@@ -158,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     # As an exception, so that a server that was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    machine = {**describe_machine(torch.device("cpu")), "torchserve": version("torchserve")}
+    machine = {**describe_machine(torch.device("cpu")), **describe_versions("torchserve")}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows = [
         row for handler in options.handlers for count in options.members for row in compare(handler, count, options)
