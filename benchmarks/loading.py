@@ -17,6 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.measure import describe_machine, write_json
+
 CHILD = """
 import json, sys, time
 start = time.perf_counter()
@@ -53,7 +57,6 @@ print(json.dumps({"base_mib": base, "peak_mib": peak, "stack_mib": size, "one_me
 
 def build_folder(folder: Path, architecture: str, count: int, **options: int) -> Path:
     """Write an unpacked archive of `count` members that differ in every weight."""
-    import torch
     from safetensors.torch import save_file
     from torchvision.models import get_model
 
@@ -118,8 +121,9 @@ def main() -> int:
         print(f"  {name:<16} {figures[name]:8.1f} MiB")
     print(f"  peak within base + stack + one member: {'yes' if figures['holds'] else 'NO'}")
     if arguments.json:
-        row = {"architecture": arguments.architecture, "members": arguments.members, **figures}
-        arguments.json.write_text(json.dumps(row, indent=2) + "\n")
+        machine = describe_machine(torch.device("cpu"))
+        facts = {"architecture": arguments.architecture, "members": arguments.members, **figures}
+        write_json(arguments.json, machine, [], table="loading", **facts)
     return 0 if figures["holds"] else 1
 
 

@@ -104,7 +104,7 @@ def run_child(name: str, count: int, batch: int, mode: str, threads: int) -> Non
 
 
 def stack_one_by_one(network: Network, count: int) -> StackedMembers:
-    """Fill preallocated stacks, one member after another, as a worker does from files: no two are held beside them."""
+    """Fill preallocated stacks member by member, as a worker does: beside the stacks no more than one is held."""
     stacked: dict[str, Tensor] = {}
     for seed in range(count):
         torch.manual_seed(seed)
