@@ -31,11 +31,13 @@ class Job:
         name: of the file, before the chip.
         table: how the report shows it.
         arguments: of `python -m`.
+        gpu: run where torch has CUDA, and named after the GPU.
     """
 
     name: str
     table: str
     arguments: str
+    gpu: bool = False
 
     @property
     def command(self) -> str:
@@ -60,7 +62,25 @@ JOBS = (
         "serve",
         "benchmarks.serve --handlers resnet18 --members 1 2 8 16 --rivals separate ours --rate 0 --rounds 2",
     ),
+    Job(
+        "forward-gpu-images",
+        "forward",
+        "benchmarks.forward --device cuda --dtype fp16 --model mnist resnet18 resnet50 --members 4 16 32 --batch 1 8 "
+        "--seconds 3",
+        gpu=True,
+    ),
+    Job(
+        "forward-gpu-encoders",
+        "forward",
+        "benchmarks.forward --device cuda --dtype fp16 --model minilm bert --members 8 32 --batch 1 8 --seconds 3",
+        gpu=True,
+    ),
 )
+
+
+def slug_of(job: Job) -> str:
+    """The chip that a job measures, as part of its file's name."""
+    return chip_slug(describe_machine(torch.device("cuda" if job.gpu else "cpu")))
 
 
 def run_job(job: Job, slug: str) -> int:
@@ -107,10 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(job.command for job in jobs))
         return 0
     FOLDER.mkdir(exist_ok=True)
-    slug = chip_slug(describe_machine(torch.device("cpu")))
-    codes = [run_job(job, slug) for job in jobs]
+    if not torch.cuda.is_available():
+        jobs = [job for job in jobs if not job.gpu]
+    codes = [run_job(job, slug_of(job)) for job in jobs]
     report.main([])
-    return max(codes)
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":

@@ -10,63 +10,116 @@ that isn't installed, or fails, is a row with the reason.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import Tensor, nn
 
 from benchmarks.forward_rivals import RIVALS, Call, Rivals
 from benchmarks.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
-from benchmarks.networks import NETWORKS, Network, build_members
+from benchmarks.networks import NETWORKS, Args, Network, build_members, parameter_bytes
 from benchmarks.roofline import Ceilings, count_work, measure_ceilings
+from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.proof import TOLERANCE
 
-# Relative to the loop's largest output. Winograd convolutions of OpenVINO and oneDNN round more than torch does.
-TOLERANCE = 1e-4
+# Of all members' weights: modules, stack, and what compilers and preparations keep.
+COPIES = 4
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def compare_rivals(
-    network: Network, count: int, batch: int, names: list[str], seconds: float, ceilings: Ceilings
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Cell:
+    """What is run: a network, M members, B examples, where and in which floating point type."""
+
+    network: Network
+    members: int
+    batch: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def build(self) -> tuple[list[nn.Module], Args]:
+        """The members and one batch, in place.
+
+        Raises:
+            EnsembleError: the memory at hand is too little; on a CPU, where the system would end the process.
+        """
+        needed = COPIES * self.members * parameter_bytes(self.network.build())
+        available = psutil.virtual_memory().available
+        if self.device.type == "cpu" and needed > available:
+            raise EnsembleError(f"needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} are free")
+        networks = [network.to(self.device, self.dtype) for network in build_members(self.network, self.members)]
+        torch.manual_seed(self.members)
+        return networks, tuple(self._place(arg) for arg in self.network.make_args(self.batch))
+
+    def _place(self, arg: Tensor) -> Tensor:
+        return arg.to(self.device, self.dtype if arg.is_floating_point() else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The cell's description."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {
+            "network": self.network.title, "members": self.members, "batch": self.batch,
+            "device": self.device.type, "dtype": names[self.dtype],
+        }  # fmt: skip
+
+
+def compare_rivals(cell: Cell, names: Sequence[str], seconds: float, ceilings: Ceilings) -> dict[str, Any]:
     """Build each rival, compare it with the loop, and time them in turns.
 
     Args:
-        network: What the members are.
-        count: M.
-        batch: B.
+        cell: What is run.
         names: Which of `RIVALS`; the loop is always among them, and first.
         seconds: About how long measuring takes, without building.
         ceilings: Of this machine, for the roofline.
 
     Returns:
-        A cell: network, members, batch, "work" with the roofline, and "rows", one per rival, those left out too.
+        The cell's description, "work" with the roofline, and "rows", one per rival, those left out too; or the
+        description and "left_out", why nothing was run.
     """
-    networks = build_members(network, count)
-    torch.manual_seed(count)
-    args = network.make_args(batch)
-    work = count_work(networks[0], args, count)
-    left_out: dict[str, str] = {}
-    calls: dict[str, Call] = {}
-    differences: dict[str, float] = {}
+    try:
+        networks, args = cell.build()
+    except (EnsembleError, torch.OutOfMemoryError) as error:
+        return {**cell.to_json(), "left_out": str(error).splitlines()[0], "rows": []}
+    work = count_work(networks[0], args, cell.members)
     with tempfile.TemporaryDirectory() as folder:
-        rivals = Rivals(network, networks, args, Path(folder))
-        want = rivals.loop()()
-        for name in ["loop", *(name for name in names if name != "loop")]:
-            try:
-                call = getattr(rivals, name)()
-                got = call()
-            except Exception as error:
-                left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                continue
-            differences[name] = float((got - want).abs().max() / want.abs().max())
-            calls[name] = call
-        timings = _measure(calls, args[0].device, seconds)
-    rows = make_rows(timings, differences, work.bound_ms(ceilings), rivals.notes)
+        rivals = Rivals(cell.network, networks, args, Path(folder))
+        calls, differences, left_out = build_calls(rivals, names)
+        timings = _measure(calls, cell.device, seconds)
+    rows = make_rows(timings, differences, TOLERANCE[cell.dtype], work.bound_ms(ceilings), rivals.notes)
     rows += [{"rival": name, "left_out": reason} for name, reason in left_out.items()]
-    return {"network": network.title, "members": count, "batch": batch, "work": work.to_json(ceilings), "rows": rows}
+    return {**cell.to_json(), "work": work.to_json(ceilings), "rows": rows}
+
+
+def build_calls(rivals: Rivals, names: Sequence[str]) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+    """Build the loop and the named rivals, and run each once.
+
+    Returns:
+        Name -> call; name -> largest difference to the loop relative to its largest output; name -> why it is
+        left out.
+    """
+    calls: dict[str, Call] = {"loop": rivals.loop()}
+    want = calls["loop"]()
+    differences, left_out = {"loop": 0.0}, {}
+    for name in names:
+        if name == "loop":
+            continue
+        try:
+            call = getattr(rivals, name)()
+            got = call()
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            continue
+        differences[name] = float((got - want).abs().max() / want.abs().max())
+        calls[name] = call
+    return calls, differences, left_out
 
 
 def _measure(calls: dict[str, Call], device: torch.device, seconds: float) -> list[Timing]:
@@ -79,7 +132,7 @@ def _measure(calls: dict[str, Call], device: torch.device, seconds: float) -> li
 
 
 def make_rows(
-    timings: list[Timing], differences: dict[str, float], bound_ms: float, notes: dict[str, str]
+    timings: list[Timing], differences: dict[str, float], tolerance: float, bound_ms: float, notes: dict[str, str]
 ) -> list[dict[str, Any]]:
     """One row per timing: ratio to the first, distance to the roofline, difference to the loop."""
     rows = []
@@ -90,7 +143,7 @@ def make_rows(
         row = {
             "rival": name, **figures, "ratio": timings[0].median_ms / timing.median_ms,
             "times_roofline": timing.median_ms / bound_ms, "largest_relative_difference": difference,
-            "equal": difference <= TOLERANCE,  # False for nan
+            "equal": difference <= tolerance,  # False for nan
         }  # fmt: skip
         rows.append({**row, "note": notes[name]} if name in notes else row)
     return rows
@@ -98,6 +151,9 @@ def make_rows(
 
 def print_cell(cell: dict[str, Any]) -> None:
     """Print one network, count and batch."""
+    if "left_out" in cell:
+        print(f"\n{cell['network']}, {cell['members']} members, batch {cell['batch']}: {cell['left_out']}")
+        return
     work = cell["work"]
     print(
         f"\n{cell['network']}, {cell['members']} members, batch {cell['batch']}: {work['flops'] / 1e9:.2f} GFLOP, "
@@ -124,6 +180,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", nargs="+", choices=sorted(NETWORKS), default=["resnet18"], help="networks, with random weights")
     add("--members", type=int, nargs="+", default=[4], help="sizes of the ensemble, such as 2 4 8 16 32")
     add("--batch", type=int, nargs="+", default=[1], help="batch sizes, such as 1 8 32")
+    add("--device", default="cpu", help="where to run, such as cuda")
+    add("--dtype", default="fp32", choices=sorted(DTYPES), help="of members and inputs")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the other runtimes")
     add("--seconds", type=float, default=30.0, help="about how long to measure each cell")
     add("--only", nargs="+", choices=RIVALS, default=list(RIVALS), help="rivals beside the loop")
@@ -135,24 +193,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare and print; 1 where a rival's numbers differ from the loop's."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    device = torch.device("cpu")
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     machine = {
         **describe_machine(device),
         **describe_versions("torchvision", "onnxruntime", "openvino", "transformers"),
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    ceilings = measure_ceilings(device)
-    print(f"ceilings: {ceilings.bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s in float32")
+    ceilings = measure_ceilings(device, dtype)
+    print(
+        f"ceilings: {ceilings.bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s, {options.dtype}"
+    )
     cells = []
-    for name in options.model:
-        for count in options.members:
-            for batch in options.batch:
-                torch.compiler.reset()
-                with torch.inference_mode():
-                    cells.append(
-                        compare_rivals(NETWORKS[name], count, batch, options.only, options.seconds, ceilings)
-                    )
-                print_cell(cells[-1])
+    for name, count, batch in itertools.product(options.model, options.members, options.batch):
+        torch.compiler.reset()
+        with torch.inference_mode():
+            cell = Cell(NETWORKS[name], count, batch, device, dtype)
+            cells.append(compare_rivals(cell, options.only, options.seconds, ceilings))
+        print_cell(cells[-1])
     if options.json:
         write_json(options.json, machine, [], table="forward", cells=cells)
     return report_differences(cells)

@@ -78,10 +78,15 @@ class Rivals:
     def _feed(self) -> dict[str, Any]:
         return {f"x{index}": tensor.numpy() for index, tensor in enumerate(self.args)}
 
+    def _refuse_gpu(self) -> None:
+        if self.args[0].is_cuda:
+            raise EnsembleError("compared on a CPU only")
+
     def _session(self, networks: list[nn.Module], name: str) -> Any:
         return make_session(self._export(networks, name), torch.get_num_threads())
 
     def _export(self, networks: list[nn.Module], name: str) -> str:
+        self._refuse_gpu()
         size = sum(map(parameter_bytes, networks))
         if size > GRAPH_LIMIT_BYTES:
             raise EnsembleError(f"{size / 2**30:.1f} GiB of weights don't fit one ONNX file")
@@ -127,6 +132,10 @@ class Rivals:
         """Mode `compiled`."""
         return self._ours("compiled")
 
+    def ours_cudagraph(self) -> Call:
+        """Mode `cudagraph`."""
+        return self._ours("cudagraph")
+
     def ours_auto(self) -> Call:
         """Mode `auto`, what an archive serves by default."""
         return self._ours("auto")
@@ -148,5 +157,6 @@ RIVALS = (
     "ours_eager",
     "ours_prepared",
     "ours_compiled",
+    "ours_cudagraph",
     "ours_auto",
 )

@@ -22,7 +22,7 @@ def colour(name: str) -> str:
 
 def plot_forward(figures: dict[str, Any]) -> Figure:
     """Bars of speed relative to the loop, one panel per cell."""
-    cells = figures["cells"]
+    cells = [cell for cell in figures["cells"] if cell["rows"]]
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.7 * lines), layout="constrained")

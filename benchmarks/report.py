@@ -50,7 +50,9 @@ def summarise_forward(results: list[Result]) -> list[Table]:
     rows_of: dict[str, list[tuple[str, ...]]] = {}
     for result in results:
         if result.table == "forward":
-            rows_of.setdefault(result.chip, []).extend(map(_forward_row, result.figures["cells"]))
+            rows_of.setdefault(result.chip, []).extend(
+                _forward_row(cell) for cell in result.figures["cells"] if cell["rows"]
+            )
     head = ("network", "N", "batch", "loop", "stock vmap", "best of the others", "ours (`auto`)", "time / roofline")
     note = (
         "Speeds, the loop being 1. The others: the compiled loop, ONNX Runtime and OpenVINO. Roofline: the least "

@@ -132,10 +132,11 @@ def _ms(value: float | None) -> str:
 def forward_tables(result: Result) -> Iterator[Table]:
     """One table: every rival as a column, its speed relative to the loop."""
     names: list[str] = []
-    for cell in result.figures["cells"]:
+    cells = [cell for cell in result.figures["cells"] if cell["rows"]]
+    for cell in cells:
         names += [row["rival"] for row in cell["rows"] if row["rival"] not in names]
     rows = []
-    for cell in result.figures["cells"]:
+    for cell in cells:
         by_name = {row["rival"]: row for row in cell["rows"]}
         ratios = [_ratio(by_name.get(name)) for name in names if name != "loop"]
         ours = by_name.get("ours_auto", {})
@@ -150,6 +151,9 @@ def forward_tables(result: Result) -> Iterator[Table]:
         "slower than the loop. Roofline: the least time that arithmetic and weights need at ceilings measured in the "
         "run. A dash: it refused, see the file."
     )
+    for cell in result.figures["cells"]:
+        if "left_out" in cell:
+            note += f" {cell['network']} x {cell['members']}, batch {cell['batch']}: {cell['left_out']}."
     yield Table("One forward of all members", head, rows, result.command, result.machine, note)
 
 

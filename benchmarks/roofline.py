@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import synchronise
 from benchmarks.networks import Args, parameter_bytes, to_tensor
 
-TRIAD_ELEMENTS = 32 * 2**20  # 128 MiB a tensor: beyond any cache
+TRIAD_ELEMENTS = 32 * 2**20  # 128 MiB a tensor in float32: beyond any cache
 MATRIX_SIDE = 2048
+GPU_MATRIX_SIDE = 8192
 REPEATS = 10
 
 
@@ -31,7 +32,7 @@ class Ceilings:
 
     Attributes:
         bytes_per_s: of a = b + 2c over large tensors, three tensors moved.
-        flops_per_s: of a large float32 matrix product or 1x1 convolution, whichever is faster; two operations per
+        flops_per_s: of a large matrix product or 1x1 convolution, whichever is faster; two operations per
             multiply-add.
     """
 
@@ -40,18 +41,23 @@ class Ceilings:
 
 
 def measure_ceilings(
-    device: torch.device, elements: int = TRIAD_ELEMENTS, side: int = MATRIX_SIDE, repeats: int = REPEATS
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    elements: int = TRIAD_ELEMENTS,
+    side: int | None = None,
+    repeats: int = REPEATS,
 ) -> Ceilings:
     """Measure both ceilings; the best of some runs, since a ceiling is what can be had."""
-    a, b, c = (torch.ones(elements, device=device) for _ in range(3))
+    side = side or (GPU_MATRIX_SIDE if device.type == "cuda" else MATRIX_SIDE)
+    a, b, c = (torch.ones(elements, device=device, dtype=dtype) for _ in range(3))
     triad_s = _best_s(lambda: torch.add(b, c, alpha=2.0, out=a), device, repeats)
-    left, right = (torch.ones(side, side, device=device) for _ in range(2))
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     matrix_s = _best_s(lambda: torch.mm(left, right), device, repeats)
     # The same product with the positions of an image as rows: on some processors oneDNN beats the BLAS of torch.mm.
     image = right.reshape(1, side, side // 32, 32).to(memory_format=torch.channels_last)
     filters = left.reshape(side, side, 1, 1)
     convolution_s = _best_s(lambda: torch.conv2d(image, filters), device, repeats)
-    return Ceilings(3 * 4 * elements / triad_s, 2 * side**3 / min(matrix_s, convolution_s))
+    return Ceilings(3 * a.element_size() * elements / triad_s, 2 * side**3 / min(matrix_s, convolution_s))
 
 
 def _best_s(call: Callable[[], Any], device: torch.device, repeats: int) -> float:

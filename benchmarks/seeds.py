@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.forward import compare_rivals, print_cell, report_differences
+from benchmarks.forward import Cell, compare_rivals, print_cell, report_differences
 from benchmarks.measure import describe_machine, describe_versions, write_json
 from benchmarks.networks import NETWORKS, Network, encoder_network, image_network
 from benchmarks.roofline import measure_ceilings
@@ -37,7 +37,7 @@ def measure_setting(name: str, seconds: float, ceilings: Any) -> dict[str, Any]:
     network, published = SETTINGS[name]
     torch.compiler.reset()
     with torch.inference_mode():
-        cell = compare_rivals(network, MEMBERS, BATCH, RIVALS, seconds, ceilings)
+        cell = compare_rivals(Cell(network, MEMBERS, BATCH), RIVALS, seconds, ceilings)
     return {**cell, "setting": name, "published_ratio": published, "published_on": PUBLISHED_ON}
 
 

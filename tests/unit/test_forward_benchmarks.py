@@ -80,7 +80,7 @@ def test_batch_statistics_are_a_members_own() -> None:
 def test_rows_have_ratio_roofline_and_verdict() -> None:
     timings = [Timing(name, 3, ms, ms, ms, ms) for name, ms in (("loop", 4.0), ("ours_auto", 2.0))]
     notes = {"ours_auto": "eager"}
-    loop, ours = forward.make_rows(timings, {"loop": 0.0, "ours_auto": float("nan")}, 1.0, notes)
+    loop, ours = forward.make_rows(timings, {"loop": 0.0, "ours_auto": float("nan")}, 1e-4, 1.0, notes)
     assert (ours["ratio"], ours["times_roofline"], ours["note"]) == (2.0, 2.0, "eager")
     assert (loop["equal"], ours["equal"]) == (True, False)
 
@@ -141,6 +141,27 @@ def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     )
     rows = json.loads(file.read_text())["cells"][0]["rows"]
     assert rows[-1] == {"rival": "openvino", "left_out": "RuntimeError: no such thing"}
+
+
+def test_half_precision_is_held_to_its_own_tolerance(tmp_path: Path) -> None:
+    file = tmp_path / "forward.json"
+    only = ["--only", "stock_vmap", "ours_cudagraph"]
+    assert (
+        forward.main(["--model", "mnist", "--members", "2", "--dtype", "bf16", *only, *QUICK, "--json", str(file)])
+        == 0
+    )
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert (cell["dtype"], cell["device"]) == ("bf16", "cpu")
+    assert cell["work"]["bytes"] == pytest.approx(2 * 2 * 1_199_882, rel=0.01)
+    assert "expected the members on a CUDA device" in cell["rows"][-1]["left_out"]
+
+
+def test_a_cell_beyond_the_memory_is_left_out() -> None:
+    cell = forward.Cell(networks.NETWORKS["mnist"], 10**7, 1)
+    found = forward.compare_rivals(cell, ["stock_vmap"], 0.1, roofline.Ceilings(1.0, 1.0))
+    assert "GiB of memory" in found["left_out"]
+    assert found["rows"] == []
+    forward.print_cell(found)
 
 
 def test_line_is_fitted() -> None:
