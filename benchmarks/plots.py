@@ -94,11 +94,12 @@ def plot_scaling(figures: dict[str, Any]) -> Figure:
         below = figure.add_subplot(2, len(tables), len(tables) + index + 1)
         for key, shade in (("peak_mib", OURS), ("stack_mib", OTHERS)):
             below.plot(counts, [row[key] for row in table["rows"]], "o", color=shade)
-            _draw_fit(below, counts, table["fits"][key], f"{key[:5]}: {{:.1f}} MiB a member", shade)
+            _draw_fit(below, counts, table["fits"][key], f"{key.split('_')[0]}: {{:.1f}} MiB a member", shade)
         below.set_ylabel("MiB")
         below.set_xlabel("members")
         for axes in (above, below):
             axes.set_ylim(bottom=0)
+            axes.set_xticks(counts)
             axes.legend(fontsize=7)
     return figure
 
