@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.forward_rivals import RIVALS, Call, Rivals
 from benchmarks.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
 from benchmarks.networks import NETWORKS, Args, Network, build_members, parameter_bytes
-from benchmarks.roofline import Ceilings, count_work, measure_ceilings
+from benchmarks.roofline import add_roofline, count_work, measure_ceilings
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.proof import TOLERANCE
 
@@ -71,18 +71,17 @@ class Cell:
         }  # fmt: skip
 
 
-def compare_rivals(cell: Cell, names: Sequence[str], seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def compare_rivals(cell: Cell, names: Sequence[str], seconds: float) -> dict[str, Any]:
     """Build each rival, compare it with the loop, and time them in turns.
 
     Args:
         cell: What is run.
         names: Which of `RIVALS`; the loop is always among them, and first.
         seconds: About how long measuring takes, without building.
-        ceilings: Of this machine, for the roofline.
 
     Returns:
-        The cell's description, "work" with the roofline, and "rows", one per rival, those left out too; or the
-        description and "left_out", why nothing was run.
+        The cell's description, "work", and "rows", one per rival, those left out too; or the description and
+        "left_out", why nothing was run.
     """
     try:
         networks, args = cell.build()
@@ -93,9 +92,9 @@ def compare_rivals(cell: Cell, names: Sequence[str], seconds: float, ceilings: C
         rivals = Rivals(cell.network, networks, args, Path(folder))
         calls, differences, left_out = build_calls(rivals, names)
         timings = _measure(calls, cell.device, seconds)
-    rows = make_rows(timings, differences, TOLERANCE[cell.dtype], work.bound_ms(ceilings), rivals.notes)
+    rows = make_rows(timings, differences, TOLERANCE[cell.dtype], rivals.notes)
     rows += [{"rival": name, "left_out": reason} for name, reason in left_out.items()]
-    return {**cell.to_json(), "work": work.to_json(ceilings), "rows": rows}
+    return {**cell.to_json(), "work": asdict(work), "rows": rows}
 
 
 def build_calls(rivals: Rivals, names: Sequence[str]) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
@@ -132,9 +131,9 @@ def _measure(calls: dict[str, Call], device: torch.device, seconds: float) -> li
 
 
 def make_rows(
-    timings: list[Timing], differences: dict[str, float], tolerance: float, bound_ms: float, notes: dict[str, str]
+    timings: list[Timing], differences: dict[str, float], tolerance: float, notes: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """One row per timing: ratio to the first, distance to the roofline, difference to the loop."""
+    """One row per timing: ratio to the first, difference to the loop."""
     rows = []
     for timing in timings:
         figures = asdict(timing)
@@ -142,7 +141,7 @@ def make_rows(
         difference = differences[name]
         row = {
             "rival": name, **figures, "ratio": timings[0].median_ms / timing.median_ms,
-            "times_roofline": timing.median_ms / bound_ms, "largest_relative_difference": difference,
+            "largest_relative_difference": difference,
             "equal": difference <= tolerance,  # False for nan
         }  # fmt: skip
         rows.append({**row, "note": notes[name]} if name in notes else row)
@@ -199,20 +198,32 @@ def main(arguments: list[str] | None = None) -> int:
         **describe_versions("torchvision", "onnxruntime", "openvino", "transformers"),
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    ceilings = measure_ceilings(device, dtype)
-    print(
-        f"ceilings: {ceilings.bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s, {options.dtype}"
-    )
-    cells = []
-    for name, count, batch in itertools.product(options.model, options.members, options.batch):
-        torch.compiler.reset()
-        with torch.inference_mode():
-            cell = Cell(NETWORKS[name], count, batch, device, dtype)
-            cells.append(compare_rivals(cell, options.only, options.seconds, ceilings))
-        print_cell(cells[-1])
+    made = [
+        Cell(NETWORKS[name], count, batch, device, dtype)
+        for name, count, batch in itertools.product(options.model, options.members, options.batch)
+    ]
+    cells = measure_cells(made, options.only, options.seconds)
     if options.json:
         write_json(options.json, machine, [], table="forward", cells=cells)
     return report_differences(cells)
+
+
+def measure_cells(made: Sequence[Cell], names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """Compare, print and return every cell; the ceilings are the best of what was measured before and between."""
+    place = made[0].device, made[0].dtype
+    ceilings = measure_ceilings(*place)
+    cells = []
+    for cell in made:
+        torch.compiler.reset()
+        with torch.inference_mode():
+            cells.append(compare_rivals(cell, names, seconds))
+        ceilings = ceilings.best(measure_ceilings(*place))
+        add_roofline(cells[-1], ceilings)
+        print_cell(cells[-1])
+    for found in cells:
+        add_roofline(found, ceilings)
+    print(f"\nceilings: {ceilings.bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s")
+    return cells
 
 
 def report_differences(cells: list[dict[str, Any]]) -> int:

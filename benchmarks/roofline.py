@@ -39,6 +39,10 @@ class Ceilings:
     bytes_per_s: float
     flops_per_s: float
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of both measurements: a disturbed one is too low."""
+        return Ceilings(max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s))
+
 
 def measure_ceilings(
     device: torch.device,
@@ -93,6 +97,16 @@ class Work:
             "arithmetic" if self.flops / ceilings.flops_per_s > self.bytes / ceilings.bytes_per_s else "memory"
         )
         return {**asdict(self), **asdict(ceilings), "bound_ms": self.bound_ms(ceilings), "limited_by": limited_by}
+
+
+def add_roofline(cell: dict[str, Any], ceilings: Ceilings) -> None:
+    """Write the bound into a cell of `forward`, and each row's distance to it."""
+    if "work" in cell:
+        work = Work(cell["work"]["flops"], cell["work"]["bytes"])
+        cell["work"] = work.to_json(ceilings)
+        for row in cell["rows"]:
+            if "median_ms" in row:
+                row["times_roofline"] = row["median_ms"] / cell["work"]["bound_ms"]
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.forward import Cell, compare_rivals, print_cell, report_differences
+from benchmarks.forward import Cell, measure_cells, report_differences
 from benchmarks.measure import describe_machine, describe_versions, write_json
 from benchmarks.networks import NETWORKS, Network, encoder_network, image_network
-from benchmarks.roofline import measure_ceilings
 
 MEMBERS, BATCH = 2, 1
 RIVALS = ["loop", "stock_vmap", "ours_auto"]
@@ -32,13 +31,13 @@ SETTINGS: dict[str, tuple[Network, float]] = {
 }
 
 
-def measure_setting(name: str, seconds: float, ceilings: Any) -> dict[str, Any]:
-    """One cell of `forward`, with the published ratio."""
-    network, published = SETTINGS[name]
-    torch.compiler.reset()
-    with torch.inference_mode():
-        cell = compare_rivals(Cell(network, MEMBERS, BATCH), RIVALS, seconds, ceilings)
-    return {**cell, "setting": name, "published_ratio": published, "published_on": PUBLISHED_ON}
+def measure_settings(names: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Cells of `forward`, each with the published ratio."""
+    cells = measure_cells([Cell(SETTINGS[name][0], MEMBERS, BATCH) for name in names], RIVALS, seconds)
+    return [
+        {**cell, "setting": name, "published_ratio": SETTINGS[name][1], "published_on": PUBLISHED_ON}
+        for name, cell in zip(names, cells, strict=True)
+    ]
 
 
 def print_table(cells: list[dict[str, Any]]) -> None:
@@ -67,10 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     machine = {**describe_machine(torch.device("cpu")), **describe_versions("torchvision", "transformers")}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    ceilings = measure_ceilings(torch.device("cpu"))
-    cells = [measure_setting(name, options.seconds, ceilings) for name in options.settings]
-    for cell in cells:
-        print_cell(cell)
+    cells = measure_settings(options.settings, options.seconds)
     print_table(cells)
     if options.json:
         write_json(options.json, machine, [], table="seeds", cells=cells)

@@ -13,10 +13,10 @@ from benchmarks.serve.__main__ import main
 def test_rivals_answer_the_same_and_are_measured(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "serve.json"
-    brief = ["--seconds", "0.5", "--rounds", "1", "--warmup", "0.2", "--clients", "2", "--json", str(file)]
-    assert main(["--handlers", "mnist", "--members", "2", "--rivals", "separate", "ours", "loop", *brief]) == 0
+    brief = ["--seconds", "1", "--rounds", "1", "--warmup", "0.2", "--clients", "2", "--json", str(file)]
+    assert main(["--handlers", "mnist", "--members", "2", "--rivals", "separate", "ours", *brief]) == 0
     rows = json.loads(file.read_text())["rows"]
-    assert [row["rival"] for row in rows] == ["separate", "separate", "ours", "ours", "loop", "loop"]
+    assert [row["rival"] for row in rows] == ["separate", "separate", "ours", "ours"]
     for row in rows:
         assert row["largest_difference"] <= 1e-6
         assert row["errors"] == {}

@@ -47,6 +47,7 @@ def test_ceilings_are_measured() -> None:
     ceilings = roofline.measure_ceilings(torch.device("cpu"), elements=2**16, side=64, repeats=2)
     assert 1e7 < ceilings.bytes_per_s < 1e13
     assert 1e7 < ceilings.flops_per_s < 1e14
+    assert roofline.Ceilings(1.0, 4.0).best(roofline.Ceilings(2.0, 3.0)) == roofline.Ceilings(2.0, 4.0)
 
 
 # --- networks and rivals ------------------------------------------------------------------------------------
@@ -80,7 +81,9 @@ def test_batch_statistics_are_a_members_own() -> None:
 def test_rows_have_ratio_roofline_and_verdict() -> None:
     timings = [Timing(name, 3, ms, ms, ms, ms) for name, ms in (("loop", 4.0), ("ours_auto", 2.0))]
     notes = {"ours_auto": "eager"}
-    loop, ours = forward.make_rows(timings, {"loop": 0.0, "ours_auto": float("nan")}, 1e-4, 1.0, notes)
+    loop, ours = forward.make_rows(timings, {"loop": 0.0, "ours_auto": float("nan")}, 1e-4, notes)
+    cell = {"work": {"flops": 1e6, "bytes": 0.0}, "rows": [loop, ours, {"left_out": "why"}]}
+    roofline.add_roofline(cell, roofline.Ceilings(bytes_per_s=1e9, flops_per_s=1e9))
     assert (ours["ratio"], ours["times_roofline"], ours["note"]) == (2.0, 2.0, "eager")
     assert (loop["equal"], ours["equal"]) == (True, False)
 
@@ -158,7 +161,7 @@ def test_half_precision_is_held_to_its_own_tolerance(tmp_path: Path) -> None:
 
 def test_a_cell_beyond_the_memory_is_left_out() -> None:
     cell = forward.Cell(networks.NETWORKS["mnist"], 10**7, 1)
-    found = forward.compare_rivals(cell, ["stock_vmap"], 0.1, roofline.Ceilings(1.0, 1.0))
+    found = forward.compare_rivals(cell, ["stock_vmap"], 0.1)
     assert "GiB of memory" in found["left_out"]
     assert found["rows"] == []
     forward.print_cell(found)

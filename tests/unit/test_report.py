@@ -33,8 +33,8 @@ def result(job: str, table: str, **figures: Any) -> Result:
     return Result(f"{job}-some-cpu-2-cores", job, f"python -m benchmarks.{table}", table, figures)
 
 
-def served(rival: str, rate: float, **row: Any) -> dict[str, Any]:
-    facts = {"handler": "mnist", "members": 4, "rival": rival, "requests_per_s": rate, "p50_ms": 5.0, "p99_ms": None}
+def served(rival: str, per_s: float, **row: Any) -> dict[str, Any]:
+    facts = {"handler": "mnist", "members": 4, "rival": rival, "requests_per_s": per_s, "p50_ms": 5.0, "p99_ms": None}
     return {**facts, "errors": {"503": 2, "TimeoutError": 1}, "worker_mib": 100.0, "java_mib": 50.0, **row}
 
 
