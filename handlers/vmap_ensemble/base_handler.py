@@ -19,7 +19,7 @@ from dataclasses import asdict
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,12 @@ from vmap_ensemble.checkpoints import check_architecture
 from vmap_ensemble.chunking import ChunkedRun
 from vmap_ensemble.classification import Answer, ClassAnswers, read_labels
 from vmap_ensemble.errors import EnsembleError, RequestError, SettingsError
-from vmap_ensemble.execution import Execution, ExecutionOptions, build_execution
+from vmap_ensemble.execution import Execution, ExecutionOptions, build_execution, prove
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.images import check_shape, read_item
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
-from vmap_ensemble.proof import Proof, prove_equal
+from vmap_ensemble.proof import Proof
 from vmap_ensemble.requests import Options, Request, as_batch, dump_json, error_body, read_request, wrap_answers
 from vmap_ensemble.runtime import configure_torch, quieten_worker, seconds_since_process_start
 from vmap_ensemble.settings import Settings, load_settings
@@ -170,7 +170,7 @@ class VmapEnsembleHandler(BaseHandler):
         )
         with self._phase("execution"):
             self.choose_execution(config)
-        self._prove()
+        self._take_proof()
 
     def load_forward(self) -> EnsembleForward:
         """Build the architecture, stack the members, and join both."""
@@ -196,6 +196,7 @@ class VmapEnsembleHandler(BaseHandler):
             tolerance=self.settings.tolerance,
             cache_dir=CACHE / "execution",
             archive_sha=hashlib.sha256(f"{__version__} {self.settings.dtype} {hashes}".encode()).hexdigest(),
+            sample=self.collate(self.sample_examples(SAMPLE_BATCH)),
         )
         examples = [self.collate(self.sample_examples(size)) for size in sizes]
         self.execution = build_execution(self.settings.execution, self.forward, examples, options)
@@ -208,10 +209,15 @@ class VmapEnsembleHandler(BaseHandler):
         """A forward that runs in chunks once memory runs out."""
         return ChunkedRun(run, len(self.forward.members.names), self.forward.part)
 
-    def _prove(self) -> None:
-        args = self.collate(self.sample_examples(SAMPLE_BATCH))
-        with self._phase("equivalence"), torch.inference_mode():
-            self.proof = prove_equal(self.forward, self.run, args, self.settings.tolerance)
+    def _take_proof(self) -> None:
+        """The proof that choosing the execution has made; made here where a subclass chose without one."""
+        if self.execution.proof is None:
+            sample = self.collate(self.sample_examples(SAMPLE_BATCH))
+            prove(self.execution, self.forward, sample, self.settings.tolerance)
+        else:
+            self.phases_s["execution"] -= self.execution.proof_s
+        self.phases_s["equivalence"] = self.execution.proof_s
+        self.proof = cast(Proof, self.execution.proof)
         for name in self.proof.not_finite:
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
 

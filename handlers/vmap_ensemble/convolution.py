@@ -37,7 +37,7 @@ from vmap_ensemble.proof import prove_equal
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
 
-__all__ = ["ConvolutionForward", "UnsupportedModel", "prepare"]
+__all__ = ["ConvolutionForward", "UnsupportedModel", "build_prepared", "choose_groups", "prepare"]
 
 
 class ConvolutionForward:
@@ -209,22 +209,35 @@ def prepare(
     Note:
         Holds its own, folded and packed, copy of every convolution's weights.
     """
+    with torch.no_grad():
+        forward = build_prepared(model, members, *example, packed=packed)
+        _check_equal(forward, EnsembleForward(model, members), example, tolerance)
+        choose_groups(forward, len(members.names), example, groups)
+    return forward
+
+
+def build_prepared(
+    model: nn.Module, members: StackedMembers, *example: Tensor, packed: bool | None = None
+) -> ConvolutionForward:
+    """As `prepare`, but neither compared with the members' own forwards nor measured: the caller does both.
+
+    Raises:
+        UnsupportedModel: The model has no convolution, can't be traced, or isn't float32.
+        LoadError: The members don't fill the model, or it is in training mode.
+    """
     tensors = [*members.stacked.values(), *members.shared.values()]
     wrong = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {torch.float32}
     if wrong:
         raise UnsupportedModel(f"expected float32 weights, got {sorted(map(str, wrong))}; use eager or compiled")
     with torch.no_grad():
-        reference = EnsembleForward(model, members)
+        EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
         lowered = lower_model(model, members)
         nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
         if not any(node.target in CONVOLUTIONS for node in nodes):
             raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
         on_cpu = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
         cut = _find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
-        forward = ConvolutionForward(lowered, len(members.names), cut, example)
-        _check_equal(forward, reference, example, tolerance)
-        _choose_groups(forward, len(members.names), example, groups)
-    return forward
+        return ConvolutionForward(lowered, len(members.names), cut, example)
 
 
 def _find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
@@ -276,12 +289,22 @@ _GROUP_ROUNDS = 5  # timed rounds per candidate at most, after one to warm up
 _GROUP_BUDGET_S = 3.0  # but only one round once this has passed
 
 
-def _choose_groups(forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None) -> None:
-    """Share the threads between members as is fastest: all for one member, or one member for each."""
+def choose_groups(
+    forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None = None
+) -> None:
+    """Share the threads between members as is fastest: all for one member, or one member for each.
+
+    Args:
+        forward: What to set.
+        count: M.
+        example: Arguments to measure on.
+        groups: What an earlier measurement chose; taken as it is.
+    """
     threads = torch.get_num_threads()
     candidates = sorted({1, min(count, threads)} | {g for g in (2, 4, 8) if g < min(count, threads)})
     if groups is not None or len(candidates) == 1:
         forward.groups = groups or 1
+        forward.keep_groups()
         return
     times_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
     deadline_s = time.perf_counter() + _GROUP_BUDGET_S
