@@ -104,8 +104,9 @@ def server_command(launch: Launch) -> list[str]:
     command = [find_java(), f"-Dmodel_server_home={home}", f"-Djava.io.tmpdir={launch.temp_dir}"]
     command += read_properties(launch.config).get("vmargs", "").split()
     command += ["-cp", f".:{home / 'ts' / 'frontend' / '*'}", MAIN_CLASS]
-    command += ["--python", sys.executable, "-f", str(launch.config), "-s", str(launch.model_store), "-ncs", "-m"]
-    return command + [f"{name}={archive}" for name, archive in launch.models.items()]
+    command += ["--python", sys.executable, "-f", str(launch.config), "-s", str(launch.model_store), "-ncs"]
+    models = [f"{name}={archive}" for name, archive in launch.models.items()]
+    return [*command, "-m", *models] if models else command
 
 
 def server_environment(launch: Launch) -> dict[str, str]:
