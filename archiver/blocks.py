@@ -43,6 +43,8 @@ class ArchiveRequest:
     pretrained: Path | None = None
     # The library that traced members call.
     library_path: Path | None = None
+    # Whether the forward is compiled ahead of time and packed as native code.
+    compile: bool = False
 
 
 def read_blocks(path: Path) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from archiver.blocks import ArchiveRequest
+from archiver.compile import check_compiler, compile_archive
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.pack import pack_archive, settings_of, target_path
 from archiver.pretrained import check_num_labels, choose_pretrained, stage_pretrained
@@ -46,6 +48,8 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     for path in (request.labels, request.model_config, request.model_file):
         if path is not None and not path.is_file():
             raise ArchiveError(f"'{request.name}': {path.name}: no such file")
+    if request.compile:
+        check_compiler()  # before minutes of other work
     handler = load_handler(request.handler)
     check_block(request.settings, handler, f"setup_config.json, block '{request.name}'")
     with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
@@ -61,16 +65,23 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
         request = dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
     survey: Survey | TracedMembers
     if is_traced(request.settings):
+        if request.compile:
+            raise ArchiveError(f"'{request.name}': --compile: traced members can't be compiled; leave it away")
         survey = _survey_traced(request, sources, scratch, console)
     else:
         request = _with_architecture(request, handler)
         survey = _survey(request, sources, console)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
-    with _progress(console, f"pack {request.name}", len(sources) + 2) as step:
-        manifest = pack_archive(request, survey, target, step)
+    with _progress(console, f"pack {request.name}", len(sources) + 2 + 2 * request.compile) as step:
+        finish = partial(compile_archive, request, step=step) if request.compile else _nothing_more
+        manifest = pack_archive(request, survey, target, step, finish)
     show_archive(console, target, manifest)
     return target
+
+
+def _nothing_more(stage: Path) -> None:
+    """Most archives are complete once their members are staged."""
 
 
 def _with_architecture(request: ArchiveRequest, handler: type[Any]) -> ArchiveRequest:
@@ -91,9 +102,7 @@ def _survey(request: ArchiveRequest, sources: list[Source], console: Console) ->
         return survey_members(sources, architecture, num_classes, folder, request.allow_nan, step)
 
 
-def _survey_traced(
-    request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console
-) -> TracedMembers:
+def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console) -> TracedMembers:
     if request.pretrained is None:
         raise ArchiveError(
             f"'{request.name}': traced members bring no config.json and no tokenizer; name the directory that they "

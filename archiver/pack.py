@@ -21,6 +21,7 @@ from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
+from vmap_ensemble.ahead_of_time import COMPILED_FOLDER
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.members import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, Member, hash_file
 from vmap_ensemble.pretrained import PRETRAINED_FOLDER
@@ -29,7 +30,10 @@ from vmap_ensemble.settings import SETTINGS_FILE
 PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
-RESERVED_NAMES = (SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, "MAR-INF")
+RESERVED_NAMES = (
+    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, COMPILED_FOLDER),
+    "MAR-INF",
+)
 ARCHIVER_TIMEOUT_S = 1800
 
 Step = Callable[[str], None]
@@ -53,7 +57,13 @@ def target_path(output: Path, name: str, force: bool) -> Path:
     return target
 
 
-def pack_archive(request: ArchiveRequest, survey: Survey | TracedMembers, target: Path, step: Step) -> Manifest:
+def pack_archive(
+    request: ArchiveRequest,
+    survey: Survey | TracedMembers,
+    target: Path,
+    step: Step,
+    finish: Callable[[Path], object],
+) -> Manifest:
     """Build the archive beside its target and move it there in one step.
 
     Args:
@@ -61,6 +71,7 @@ def pack_archive(request: ArchiveRequest, survey: Survey | TracedMembers, target
         survey: The members, checked.
         target: The .mar to write; what was there stays until the new one is whole.
         step: Called with a line of what is done: once per member, once for shared, once for packing.
+        finish: Called with the staged root before it is packed; what it adds is packed, too.
 
     Raises:
         ArchiveError: Something can't be written, or torch-model-archiver fails. The old archive is untouched.
@@ -69,6 +80,7 @@ def pack_archive(request: ArchiveRequest, survey: Survey | TracedMembers, target
         stage = work / "stage"
         try:
             manifest = _stage(request, survey, stage, step)
+            finish(stage)
             step("pack")
             built = _run_archiver(request, stage, work)
             _verify(built, stage)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ts.torch_handler.base_handler import BaseHandler
 
 from vmap_ensemble import __version__
+from vmap_ensemble.ahead_of_time import COMPILED_FILE, CompiledForward
 from vmap_ensemble.architecture import build_architecture
 from vmap_ensemble.checkpoints import check_architecture
 from vmap_ensemble.chunking import ChunkedRun
@@ -191,12 +192,16 @@ class VmapEnsembleHandler(BaseHandler):
         """Decide how the forward is run; batches of one and of the configured size are what is measured."""
         sizes = sorted({1, int(config.get("batchSize") or 1)})
         hashes = "".join(member.sha256 for member in self.forward.members.members)
+        compiled_file = self.folder / COMPILED_FILE
+        compiled = compiled_file.read_bytes() if compiled_file.is_file() else b""
+        chosen_for = f"{__version__} {self.settings.dtype} {hashes}".encode() + compiled
         options = ExecutionOptions(
             budget_s=self.settings.execution_budget_s,
             tolerance=self.settings.tolerance,
             cache_dir=CACHE / "execution",
-            archive_sha=hashlib.sha256(f"{__version__} {self.settings.dtype} {hashes}".encode()).hexdigest(),
+            archive_sha=hashlib.sha256(chosen_for).hexdigest(),
             sample=self.collate(self.sample_examples(SAMPLE_BATCH)),
+            packed=self.load_compiled if compiled else None,
         )
         examples = [self.collate(self.sample_examples(size)) for size in sizes]
         self.execution = build_execution(self.settings.execution, self.forward, examples, options)
@@ -204,6 +209,10 @@ class VmapEnsembleHandler(BaseHandler):
             if candidate.refused:
                 self.metrics.record("EnsembleFallbacks", 1, f"{candidate.name} refused")
         self.run = self.chunked(self.execution)
+
+    def load_compiled(self) -> CompiledForward:
+        """The forward as native code, where `./archive.sh --compile` has packed it."""
+        return CompiledForward(self.folder, self.forward.members, self.input_shape)
 
     def chunked(self, run: Callable[..., Any]) -> ChunkedRun:
         """A forward that runs in chunks once memory runs out."""
