@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 weights can't be fetch
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 import traceback
@@ -33,6 +34,7 @@ examples:
   ./archive.sh mine --handler my_handler.py --model-file model.py --members 'folds/*/model.pt'
   ./archive.sh resnet_ens --samples photos/              (with "quantization": "int8", or another dtype)
   ./archive.sh --all --force
+  ./archive.sh resnet_ens --compile --force
   ./archive.sh --check model_store/resnet_ens.mar kitten.jpg
 
 exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 weights can't be fetched
@@ -57,6 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--all", action="store_true", help="build every block")
     add("--force", action="store_true", help="replace an archive that exists")
     add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
+    add("--compile", action="store_true", help="pack the forward as native code as well, for this kind of processor")
     add("--output", type=Path, default=REPOSITORY / "model_store", metavar="DIR", help="default: model_store")
     add("--config", type=Path, default=REPOSITORY / "setup_config.json", metavar="FILE", help="the blocks")
     add("--check", nargs="+", metavar=("MAR", "INPUT"), help="run an archive's handler on one request")
@@ -119,6 +122,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             pretrained=options.pretrained,
             samples=options.samples,
         )
+        request = dataclasses.replace(request, compile=options.compile)
         build_archive(request, options.output, options.force, console)
     return 0
 

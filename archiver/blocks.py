@@ -50,6 +50,8 @@ class ArchiveRequest:
     samples: tuple[Path, ...] = ()
     # Share of the samples whose prediction may differ from float32's.
     max_changed_predictions: float = MAX_CHANGED_PREDICTIONS
+    # Whether the forward is compiled ahead of time and packed as native code.
+    compile: bool = False
 
 
 def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from archiver.blocks import ArchiveRequest
+from archiver.compile import check_compiler, compile_archive
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.pack import pack_archive, settings_of, target_path
 from archiver.precision import check_precision, judge_precision
@@ -48,6 +49,8 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     for path in (request.labels, request.model_config, request.model_file):
         if path is not None and not path.is_file():
             raise ArchiveError(f"'{request.name}': {path.name}: no such file")
+    if request.compile:
+        check_compiler()  # before minutes of other work
     handler = load_handler(request.handler)
     where = f"setup_config.json, block '{request.name}'"
     check_block(request.settings, handler, where)
@@ -66,18 +69,23 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
         request = dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
     survey: Survey | TracedMembers
     if is_traced(request.settings):
+        if request.compile:
+            raise ArchiveError(f"'{request.name}': --compile: traced members can't be compiled; leave it away")
         survey = _survey_traced(request, sources, scratch, console)
     else:
         request = _with_architecture(request, handler)
         survey = _survey(request, sources, console)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
-    with _progress(console, f"pack {request.name}", len(sources) + 2 + (3 if request.samples else 0)) as step:
+    steps = len(sources) + 2 + (3 if request.samples else 0) + 2 * request.compile
+    with _progress(console, f"pack {request.name}", steps) as step:
 
         def complete(stage: Path) -> None:
             found = judge_precision(handler, request, stage, step)
             if found or request.samples:
                 show_precision(console, found)
+            if request.compile:
+                compile_archive(request, stage, step)
 
         manifest = pack_archive(request, survey, target, step, complete)
     show_archive(console, target, manifest)

@@ -21,6 +21,7 @@ from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
+from vmap_ensemble.ahead_of_time import COMPILED_FOLDER
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.members import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, Member, hash_file
 from vmap_ensemble.precision import PRECISION_FILE
@@ -31,7 +32,8 @@ PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
 RESERVED_NAMES = (
-    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
+    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE),
+    *(PRETRAINED_FOLDER, PRECISION_FILE, COMPILED_FOLDER),
     "MAR-INF",
 )
 ARCHIVER_TIMEOUT_S = 1800

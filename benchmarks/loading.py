@@ -1,9 +1,11 @@
 """Turns an archive of N members into figures of its loading: seconds per phase, and peak memory against the bound.
 
     python -m benchmarks.loading --architecture resnet18 --members 8 --json loading.json
+    python -m benchmarks.loading --architecture resnet50 --members 8 --served      # a real TorchServe, too
 
 The bound: peak resident memory while loading is at most the stack plus one member plus the interpreter with its
-imports. Members differ in every weight; a fresh process loads them with the code that a worker runs.
+imports. Members differ in every weight; a fresh process loads them with the code that a worker runs. The first
+start has to measure how to run the forward, the later ones find that choice: both are shown.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from vmap_ensemble.members import load_members
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
-folder, tiny = sys.argv[1:]
+folder, tiny, batch = sys.argv[1:]
 # Code is paged in when it first runs: a tiny archive brings the loader's own pages into the base figure.
 load_members(tiny)
 with open("/proc/self/clear_refs", "w") as file:
@@ -42,16 +44,23 @@ peak = status("VmHWM")
 size = members.size_bytes() / 2**20
 one = sum(t[0].numel() * t.element_size() for t in members.stacked.values()) / 2**20
 del members
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
 handler = ResNetHandler()
-context = Context("ens", folder, {}, 1, None, "0.12", model_yaml_config={})
+context = Context("ens", folder, {}, 1, None, "0.12", model_yaml_config={"batchSize": int(batch)})
 handler.initialize(context)
+served_mib, served_peak_mib = status("VmRSS"), status("VmHWM")
 context.request_processor = [RequestProcessor({})]
 asked = time.perf_counter()
 shape = handler.input_shape
 handler.handle([{"body": [[[0.0] * shape[2]] * shape[1]] * shape[0]}], context)
 answered = time.perf_counter() - asked
 phases = {**handler.phases_s, "import": imported - start, "first_request": answered}
-print(json.dumps({"base_mib": base, "peak_mib": peak, "stack_mib": size, "one_member_mib": one, "phases_s": phases}))
+print(json.dumps({
+    "base_mib": base, "peak_mib": peak, "stack_mib": size, "one_member_mib": one, "phases_s": phases,
+    "served_mib": served_mib, "served_peak_mib": served_peak_mib,
+    "serves": handler.execution.name, "reason": handler.execution.reason,
+}))
 """
 
 
@@ -76,14 +85,14 @@ def build_folder(folder: Path, architecture: str, count: int, **options: int) ->
     return folder
 
 
-def load_once(folder: Path, tiny: Path) -> dict[str, Any]:
+def load_once(folder: Path, tiny: Path, batch: int, cache: Path) -> dict[str, Any]:
     """Load the folder in a fresh process and return its figures."""
     handlers = Path(__file__).resolve().parent.parent / "handlers"
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), str(tiny)],
+        [sys.executable, "-c", CHILD, str(folder), str(tiny), str(batch)],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(handlers), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(handlers), "PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(cache)},
     )
     if done.returncode:
         raise SystemExit(f"loading failed:\n{done.stderr}")
@@ -91,15 +100,52 @@ def load_once(folder: Path, tiny: Path) -> dict[str, Any]:
     return figures
 
 
+MEMORY = ("base_mib", "stack_mib", "one_member_mib", "peak_mib", "served_mib", "served_peak_mib")
+
+
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the runs, and the bound that the peak is held against."""
-    median = {
-        key: statistics.median(run[key] for run in runs)
-        for key in ("base_mib", "peak_mib", "stack_mib", "one_member_mib")
-    }
+    median = {key: statistics.median(run[key] for run in runs) for key in MEMORY}
     bound_mib = median["base_mib"] + median["stack_mib"] + median["one_member_mib"]
+    return {**median, "bound_mib": bound_mib, "holds": median["peak_mib"] <= bound_mib, **summarise_phases(runs)}
+
+
+def summarise_phases(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median of each phase, and what the last run serves."""
     phases = {name: statistics.median(run["phases_s"][name] for run in runs) for name in runs[0]["phases_s"]}
-    return {**median, "bound_mib": bound_mib, "holds": median["peak_mib"] <= bound_mib, "phases_s": phases}
+    return {"phases_s": phases, "serves": runs[-1]["serves"], "reason": runs[-1]["reason"]}
+
+
+def print_phases(title: str, first: dict[str, Any], later: dict[str, Any]) -> None:
+    """A table: phase, seconds at the first start, seconds at later ones."""
+    print(f"{title}\n  {'':<16} {'first':>8} {'later':>8}")
+    for name, seconds in first["phases_s"].items():
+        print(f"  {name:<16} {seconds:8.3f} {later['phases_s'].get(name, 0.0):8.3f} s")
+    print(f"  {'sum':<16} {sum(first['phases_s'].values()):8.3f} {sum(later['phases_s'].values()):8.3f} s")
+    print(f"  serves {later['serves']}: {later['reason']}")
+
+
+def measure(folder: Path, tiny: Path, runs: int, batch: int, cache: Path) -> dict[str, Any]:
+    """Load in fresh processes: once without a kept choice, then `runs` times with it."""
+    first, *later = [load_once(folder, tiny, batch, cache) for _ in range(runs + 1)]
+    figures = {**summarise(later), "first": summarise_phases([first])}
+    print_phases(f"in a process of its own; later: median of {runs}", figures["first"], figures)
+    for name in (*MEMORY, "bound_mib"):
+        print(f"  {name:<16} {figures[name]:8.1f} MiB")
+    print(f"  peak within base + stack + one member: {'yes' if figures['holds'] else 'NO'}")
+    return figures
+
+
+def measure_served(folder: Path, work: Path, runs: int, batch: int) -> dict[str, Any]:
+    """Start real TorchServes on the members: once without a kept choice, then `runs` times with it."""
+    from benchmarks.served_start import pack_folder, serve_once
+
+    archive = pack_folder(folder, work / "ens.mar", batch)
+    first, *later = [serve_once(archive, work / "served-cache") for _ in range(runs + 1)]
+    figures = {**summarise_phases(later), "first": summarise_phases([first])}
+    figures["ready_s"] = statistics.median(run["ready_s"] for run in later)
+    print_phases(f"real TorchServe, until READY; later: median of {runs}", figures["first"], figures)
+    return figures
 
 
 def main() -> int:
@@ -107,22 +153,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="resnet18", help="torchvision's name of it (default: %(default)s)")
     parser.add_argument("--members", type=int, default=8, help="number of members (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="fresh processes (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="batchSize of the worker (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="starts with a kept choice (default: %(default)s)")
+    parser.add_argument("--served", action="store_true", help="start real TorchServes as well")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
+    runs, batch = arguments.runs, arguments.batch
+    print(f"{arguments.members} x {arguments.architecture}, batchSize {batch}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = build_folder(Path(temporary) / "big", arguments.architecture, arguments.members)
-        tiny = build_folder(Path(temporary) / "tiny", "squeezenet1_1", 2, num_classes=2)
-        figures = summarise([load_once(folder, tiny) for _ in range(arguments.runs)])
-    print(f"{arguments.members} x {arguments.architecture}, median of {arguments.runs} fresh processes")
-    for name, seconds in figures["phases_s"].items():
-        print(f"  {name:<16} {seconds:8.3f} s")
-    for name in ("base_mib", "stack_mib", "one_member_mib", "peak_mib", "bound_mib"):
-        print(f"  {name:<16} {figures[name]:8.1f} MiB")
-    print(f"  peak within base + stack + one member: {'yes' if figures['holds'] else 'NO'}")
+        work = Path(temporary)
+        folder = build_folder(work / "big", arguments.architecture, arguments.members)
+        tiny = build_folder(work / "tiny", "squeezenet1_1", 2, num_classes=2)
+        figures = measure(folder, tiny, runs, batch, work / "cache")
+        if arguments.served:
+            figures["served"] = measure_served(folder, work, runs, batch)
     if arguments.json:
         machine = describe_machine(torch.device("cpu"))
-        facts = {"architecture": arguments.architecture, "members": arguments.members, **figures}
+        facts = {"architecture": arguments.architecture, "members": arguments.members, "batch": batch, **figures}
         write_json(arguments.json, machine, [], table="loading", **facts)
     return 0 if figures["holds"] else 1
 

@@ -19,25 +19,26 @@ from dataclasses import asdict
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from ts.torch_handler.base_handler import BaseHandler
 
 from vmap_ensemble import __version__
+from vmap_ensemble.ahead_of_time import COMPILED_FILE, CompiledForward
 from vmap_ensemble.architecture import build_architecture
 from vmap_ensemble.checkpoints import check_architecture
 from vmap_ensemble.chunking import ChunkedRun
 from vmap_ensemble.classification import Answer, ClassAnswers, read_labels
 from vmap_ensemble.errors import EnsembleError, RequestError, SettingsError
-from vmap_ensemble.execution import Execution, ExecutionOptions, build_execution
+from vmap_ensemble.execution import Execution, ExecutionOptions, build_execution, prove
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.images import check_shape, read_item
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
 from vmap_ensemble.precision import Precision, read_precision
-from vmap_ensemble.proof import Proof, prove_equal
+from vmap_ensemble.proof import Proof
 from vmap_ensemble.requests import Options, Request, as_batch, dump_json, error_body, read_request, wrap_answers
 from vmap_ensemble.runtime import DTYPES, configure_torch, quieten_worker, seconds_since_process_start
 from vmap_ensemble.settings import Settings, load_settings
@@ -174,7 +175,7 @@ class VmapEnsembleHandler(BaseHandler):
         )
         with self._phase("execution"):
             self.choose_execution(config)
-        self._prove()
+        self._take_proof()
 
     def open(self, folder: Path, settings: Settings) -> None:
         """Make ready for `load_forward` and `collate` outside of a server, on the CPU.
@@ -206,11 +207,16 @@ class VmapEnsembleHandler(BaseHandler):
         """Decide how the forward is run; batches of one and of the configured size are what is measured."""
         sizes = sorted({1, int(config.get("batchSize") or 1)})
         hashes = "".join(member.sha256 for member in self.forward.members.members)
+        compiled_file = self.folder / COMPILED_FILE
+        compiled = compiled_file.read_bytes() if compiled_file.is_file() else b""
+        chosen_for = f"{__version__} {self.settings.dtype} {hashes}".encode() + compiled
         options = ExecutionOptions(
             budget_s=self.settings.execution_budget_s,
             tolerance=self.settings.tolerance,
             cache_dir=CACHE / "execution",
-            archive_sha=hashlib.sha256(f"{__version__} {self.settings.dtype} {hashes}".encode()).hexdigest(),
+            archive_sha=hashlib.sha256(chosen_for).hexdigest(),
+            sample=self.collate(self.sample_examples(SAMPLE_BATCH)),
+            packed=self.load_compiled if compiled else None,
         )
         examples = [self.collate(self.sample_examples(size)) for size in sizes]
         self.execution = build_execution(self.settings.execution, self.forward, examples, options)
@@ -219,14 +225,23 @@ class VmapEnsembleHandler(BaseHandler):
                 self.metrics.record("EnsembleFallbacks", 1, f"{candidate.name} refused")
         self.run = self.chunked(self.execution)
 
+    def load_compiled(self) -> CompiledForward:
+        """The forward as native code, where `./archive.sh --compile` has packed it."""
+        return CompiledForward(self.folder, self.forward.members, self.input_shape)
+
     def chunked(self, run: Callable[..., Any]) -> ChunkedRun:
         """A forward that runs in chunks once memory runs out."""
         return ChunkedRun(run, len(self.forward.members.names), self.forward.part)
 
-    def _prove(self) -> None:
-        args = self.collate(self.sample_examples(SAMPLE_BATCH))
-        with self._phase("equivalence"), torch.inference_mode():
-            self.proof = prove_equal(self.forward, self.run, args, self.settings.tolerance)
+    def _take_proof(self) -> None:
+        """The proof that choosing the execution has made; made here where a subclass chose without one."""
+        if self.execution.proof is None:
+            sample = self.collate(self.sample_examples(SAMPLE_BATCH))
+            prove(self.execution, self.forward, sample, self.settings.tolerance)
+        else:
+            self.phases_s["execution"] -= self.execution.proof_s
+        self.phases_s["equivalence"] = self.execution.proof_s
+        self.proof = cast(Proof, self.execution.proof)
         for name in self.proof.not_finite:
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
 

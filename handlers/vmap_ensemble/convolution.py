@@ -38,7 +38,7 @@ from vmap_ensemble.proof import prove_equal
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
 
-__all__ = ["ConvolutionForward", "UnsupportedModel", "prepare"]
+__all__ = ["ConvolutionForward", "UnsupportedModel", "build_prepared", "choose_groups", "prepare"]
 
 TOLERANCE = 1e-5  # of float32: ten times tighter than the proof at load, which is for every mode
 
@@ -239,20 +239,33 @@ def prepare(
     Note:
         Holds its own, folded and packed, copy of every convolution's weights.
     """
+    with torch.no_grad():
+        forward = build_prepared(model, members, *example, packed=packed)
+        _check_equal(forward, EnsembleForward(model, members), example, tolerance)
+        choose_groups(forward, len(members.names), example, groups)
+    return forward
+
+
+def build_prepared(
+    model: nn.Module, members: StackedMembers, *example: Tensor, packed: bool | None = None
+) -> ConvolutionForward:
+    """As `prepare`, but neither compared with the members' own forwards nor measured: the caller does both.
+
+    Raises:
+        UnsupportedModel: The model has no convolution, can't be traced, or isn't float32.
+        LoadError: The members don't fill the model, or it is in training mode.
+    """
     tensors = [*members.stacked.values(), *members.shared.values()]
     check_dtypes(members)
     with torch.no_grad():
-        reference = EnsembleForward(model, members)
+        EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
         lowered = lower_model(model, members)
         nodes = lowered.nodes()
         if not any(node.target in CONVOLUTIONS for node in nodes):
             raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
         on_cpu = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
         cut = find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
-        forward = ConvolutionForward(lowered, len(members.names), pack_graph(lowered, cut, example))
-        _check_equal(forward, reference, example, tolerance)
-        choose_groups(forward, len(members.names), example, groups)
-    return forward
+        return ConvolutionForward(lowered, len(members.names), pack_graph(lowered, cut, example))
 
 
 def check_dtypes(members: StackedMembers) -> None:
@@ -343,6 +356,7 @@ def choose_groups(
     candidates = sorted({1, min(count, threads)} | {g for g in (2, 4, 8) if g < min(count, threads)})
     if groups is not None or len(candidates) == 1:
         forward.groups = groups or 1
+        forward.keep_groups()
         return
     times_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
     deadline_s = time.perf_counter() + _GROUP_BUDGET_S

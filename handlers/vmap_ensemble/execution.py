@@ -1,31 +1,31 @@
 """Turns a vmapped forward and a mode into the callable that serves: the same values, run the fastest way.
 
 reference  the plain loop over members         eager     one vmapped call
-prepared   vmapped, weights prepared          compiled  torch.compile(vmap(f))
+prepared   vmapped, weights prepared           compiled  the archive's native code, else torch.compile(vmap(f))
 cudagraph  vmapped, recorded per batch size    auto      whichever is measured fastest, never below the loop
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vmap_ensemble.convolution import prepare
+from vmap_ensemble.choice_cache import Candidate, Choice, ChoiceCache
+from vmap_ensemble.chunking import is_out_of_memory
+from vmap_ensemble.convolution import build_prepared, choose_groups
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.proof import prove_equal
+from vmap_ensemble.proof import Proof, compare_outputs, prove_equal, split_members
 
 logger = logging.getLogger(__name__)
 
@@ -36,26 +36,13 @@ MODES = ("reference", "eager", "prepared", "compiled", "cudagraph", "auto")
 BUDGET_S = 20.0
 # A compilation can't be interrupted, so `auto` starts one only if this much of its budget is left.
 COMPILE_NEEDS_S = 60.0
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
+MIN_ROUNDS, MAX_ROUNDS = 2, 15  # after the reading of the check
+# So many times the loop's time on one example ends the measuring of a candidate: it won't serve.
+HOPELESS = 1.5
+# Readings of one thing on an idle machine have a median of 1.1 times the quickest; beside one busy process 1.9.
+SPREAD = 1.3
 # A candidate replaces the loop only if it is faster by more than what two runs of one thing differ by.
 MARGIN = 0.97
-
-
-@dataclass
-class Candidate:
-    """One way to run the forward, and what was found about it.
-
-    Attributes:
-        name: The mode.
-        latency_ms: Median per example, in the order of the examples; empty if it wasn't measured.
-        difference: Largest relative difference to the members' own forwards.
-        refused: Why it can't serve; None if it can.
-    """
-
-    name: str
-    latency_ms: list[float] = field(default_factory=list)
-    difference: float | None = None
-    refused: str | None = None
 
 
 @dataclass
@@ -67,12 +54,16 @@ class Execution:
         reason: One line: why this one.
         candidates: What was looked at, for the description of the model and for metrics.
         run: Arguments (B, ...) -> outputs (M, B, ...).
+        proof: The comparison of exactly this callable with the members' own forwards, at this start.
+        proof_s: Seconds that it took.
     """
 
     name: str
     reason: str
     candidates: list[Candidate]
     run: Run
+    proof: Proof | None = None
+    proof_s: float = 0.0
 
     def __call__(self, *args: Any) -> Any:
         return self.run(*args)
@@ -88,6 +79,9 @@ class ExecutionOptions:
         cache_dir: Folder for the choice; None keeps none.
         archive_sha: What the choice is for: a hash of the members.
         buckets: Batch sizes that CUDA graphs are recorded for.
+        sample: Batch that what serves is proved on; by default the first example.
+        groups: How many members `prepared` runs at a time; measured by default.
+        packed: Loads the forward that the archive brings as native code; None if it brings none.
     """
 
     budget_s: float = BUDGET_S
@@ -95,6 +89,9 @@ class ExecutionOptions:
     cache_dir: Path | None = None
     archive_sha: str = ""
     buckets: tuple[int, ...] = BUCKETS
+    sample: Args | None = None
+    groups: int | None = None
+    packed: Callable[[], Run] | None = None
 
 
 def build_execution(
@@ -128,9 +125,30 @@ def build_execution(
     with torch.inference_mode():
         if mode == "auto":
             return _Auto(forward, list(examples), options).choose()
-        run = _build(mode, forward, examples, options)
-        difference = prove_equal(forward, run, examples[0], options.tolerance).largest_difference
-    return Execution(mode, "asked for", [Candidate(mode, difference=difference)], run)
+        candidate = Candidate(mode)
+        execution = Execution(mode, "asked for", [candidate], _build(mode, forward, examples, options))
+        prove(execution, forward, options.sample or examples[0], options.tolerance)
+        candidate.difference = execution.proof.largest_difference if execution.proof else None
+    return execution
+
+
+def prove(execution: Execution, forward: EnsembleForward, sample: Args, tolerance: float | None = None) -> Execution:
+    """Prove what is about to serve: the only comparison of a start that has nothing to measure.
+
+    Args:
+        execution: Gets the proof, and the seconds that it took.
+        forward: The members' own forwards.
+        sample: The batch to compare on.
+        tolerance: As `prove_equal` takes it.
+
+    Raises:
+        LoadError: As `prove_equal`.
+    """
+    started = time.perf_counter()
+    with torch.inference_mode():
+        execution.proof = prove_equal(forward, execution.run, sample, tolerance)
+    execution.proof_s = time.perf_counter() - started
+    return execution
 
 
 def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], options: ExecutionOptions) -> Run:
@@ -142,11 +160,15 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
             return forward
         if name == "prepared":
             return _prepare(forward, examples[0], options)
+        if name == "compiled" and options.packed is not None:
+            return options.packed()
         if name == "compiled":
             run = torch.compile(lambda *args: forward(*args))
             run(*examples[0])  # compiling happens at the first call
             return run
-        return CudaGraphs(forward, _device_of(forward), options.buckets)
+        if name == "cudagraph":
+            return CudaGraphs(forward, _device_of(forward), options.buckets)
+        raise LoadError(f"execution '{name}': no such mode")
     except LoadError:
         raise
     except Exception as error:
@@ -154,11 +176,14 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
 
 
 def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> Run:
+    """Prepared weights, not yet compared with the members' own: that is done for every mode alike."""
     own = forward.prepared(example)
     if own is not None:
         return own
-    tolerance = {} if options.tolerance is None else {"tolerance": options.tolerance}
-    return prepare(forward.model, forward.members, *example, **tolerance)  # type: ignore[arg-type]
+    with torch.no_grad():
+        prepared = build_prepared(forward.model, forward.members, *example)
+        choose_groups(prepared, len(forward.members.names), example, options.groups)
+    return prepared
 
 
 class _Auto:
@@ -168,64 +193,109 @@ class _Auto:
         self.forward, self.examples, self.options = forward, examples, options
         self.runs: dict[str, Run] = {}
         self.candidates: dict[str, Candidate] = {}
+        self.readings_s: dict[str, list[list[float]]] = {}
+        self.own: list[list[list[Any]]] = []  # per example, what each member gives
         self.started = time.monotonic()
-        self.cache = _Cache(forward, examples, options) if options.cache_dir else None
+        folder, device = options.cache_dir, _device_of(forward)
+        self.cache = ChoiceCache(folder, options.archive_sha, examples, device) if folder else None
 
     def choose(self) -> Execution:
         cached = self.cache.read() if self.cache else None
-        if cached is not None:
-            self._build(cached.name)
-            if cached.name in self.runs:
-                return self._finish(cached.name, f"{cached.reason} (measured at an earlier start)", cached.candidates)
+        execution = self._reuse(cached) if cached else None
+        if execution:
+            return execution
+        self._measure_loop()
         for name in self._names():
             if name not in self.candidates:
-                self._build(name)
-        self._measure()
+                self._measure_candidate(name)
+        self._measure_in_turn()
         best = self._best()
         execution = self._finish(best, self._reason(best), list(self.candidates.values()))
         if self.cache:
-            self.cache.write(execution)
+            groups = getattr(execution.run, "groups", None)
+            self.cache.write(Choice(best, execution.reason, execution.candidates, groups), self._is_settled(best))
         return execution
 
+    def _reuse(self, choice: Choice) -> Execution | None:
+        """The choice of an earlier start, proved anew; None, and listed as refused, if it can't be had any more."""
+        self.options = dataclasses.replace(self.options, groups=choice.groups)
+        try:
+            self.runs[choice.name] = _build(choice.name, self.forward, self.examples, self.options)
+            reason = f"{choice.reason} (measured at an earlier start)"
+            return self._finish(choice.name, reason, choice.candidates)
+        except LoadError as error:
+            self._refuse(Candidate(choice.name), error)
+            return None
+
     def _names(self) -> tuple[str, ...]:
+        # By how often it wins: what comes late may find the budget spent.
         graphs = ("cudagraph",) if _device_of(self.forward).type == "cuda" else ()
-        return ("reference", "eager", "prepared", *graphs, "compiled")
+        others = ("eager", "compiled") if self.options.packed is None else ("compiled", "eager")
+        return ("prepared", *graphs, *others)
 
     def _left_s(self) -> float:
         return self.options.budget_s - (time.monotonic() - self.started)
 
-    def _build(self, name: str) -> None:
-        candidate = self.candidates[name] = Candidate(name)
-        needs_s = COMPILE_NEEDS_S if name == "compiled" else 0.0
+    def _measure_loop(self) -> None:
+        """Read the loop once on each example; its outputs are what the candidates are held against."""
+        self.candidates["reference"] = Candidate("reference", difference=0.0)
+        run = self.runs["reference"] = _build("reference", self.forward, self.examples, self.options)
+        self.readings_s["reference"] = []
+        for args in self.examples:
+            outputs, seconds = _timed(run, args)
+            self.own.append(split_members(self.forward, outputs, args))
+            self.readings_s["reference"].append([seconds])
+
+    def _measure_candidate(self, name: str) -> None:
+        candidate = Candidate(name)
+        needs_s = COMPILE_NEEDS_S if name == "compiled" and self.options.packed is None else 0.0
         try:
-            if name != "reference" and self._left_s() < needs_s:
+            if self._left_s() < needs_s:
                 raise LoadError(f"needs {needs_s:.0f} s of the budget, {max(self._left_s(), 0):.0f} s are left")
             run = _build(name, self.forward, self.examples, self.options)
-            differences = [
-                prove_equal(self.forward, run, args, self.options.tolerance).largest_difference
-                for args in self.examples
-            ]
+            if self._check(candidate, run):
+                self.runs[name] = run
+            self.candidates[name] = candidate
         except LoadError as error:
-            if name == "reference":
-                raise
-            candidate.refused = _first_line(error)
-            logger.info("execution '%s' is not a candidate: %s", name, candidate.refused)
-        else:
-            candidate.difference = max(differences)
-            self.runs[name] = run
+            self._refuse(candidate, error)
 
-    def _measure(self) -> None:
+    def _refuse(self, candidate: Candidate, error: LoadError) -> None:
+        self.runs.pop(candidate.name, None)
+        candidate.refused = _first_line(error)
+        self.candidates[candidate.name] = candidate
+        logger.info("execution '%s' is not a candidate: %s", candidate.name, candidate.refused)
+
+    def _check(self, candidate: Candidate, run: Run) -> bool:
+        """Compare and read the candidate on each example; False as soon as it is hopelessly slow on one.
+
+        Raises:
+            LoadError: Other values than the members' own, or no memory for them.
+        """
+        readings = self.readings_s[candidate.name] = []
+        differences = []
+        for args, own, loop in zip(self.examples, self.own, self.readings_s["reference"], strict=True):
+            outputs, seconds = _timed(run, args)
+            proof = compare_outputs(self.forward, outputs, own, args, self.options.tolerance)
+            differences.append(proof.largest_difference)
+            candidate.difference = max(differences)
+            # The first call of a shape may prepare things, so a slow one gets a second chance.
+            readings.append([seconds] if seconds < min(loop) else [seconds, _timed(run, args)[1]])
+            if min(readings[-1]) > HOPELESS * min(loop):
+                candidate.latency_ms = [1e3 * min(reading) for reading in readings]
+                return False
+        return True
+
+    def _measure_in_turn(self) -> None:
         """Rounds over all candidates in turn, so that a busy spell of the machine hits all of them."""
-        times_s: dict[tuple[str, int], list[float]] = {}
         for round_ in range(MAX_ROUNDS):
             if round_ >= MIN_ROUNDS and self._left_s() <= 0:
                 break
             for name, run in self.runs.items():
                 for index, args in enumerate(self.examples):
-                    times_s.setdefault((name, index), []).append(_time_s(run, args))
+                    self.readings_s[name][index].append(_timed(run, args)[1])
         for name in self.runs:
-            medians = [statistics.median(times_s[name, index]) for index in range(len(self.examples))]
-            self.candidates[name].latency_ms = [1e3 * median for median in medians]
+            # The quickest reading is the one that other processes disturbed least.
+            self.candidates[name].latency_ms = [1e3 * min(readings) for readings in self.readings_s[name]]
 
     def _best(self) -> str:
         """The fastest over all examples, among those that are slower than the loop on none of them."""
@@ -238,86 +308,56 @@ class _Auto:
                 scores[name] = score
         return min(scores, key=lambda name: scores[name])
 
+    def _is_settled(self, best: str) -> bool:
+        """Whether the readings that decided agree with each other; on a busy machine they don't."""
+        for name in {best, "reference"}:
+            for readings in self.readings_s[name]:
+                warm = readings[1:] or readings
+                if statistics.median(warm) > SPREAD * min(warm):
+                    return False
+        return True
+
     def _reason(self, best: str) -> str:
         loop = self.candidates["reference"].latency_ms
         if best == "reference":
             return "no candidate was faster than the loop on every example"
         own = self.candidates[best].latency_ms
         ratios = ", ".join(f"{a / b:.2f}x" for a, b in zip(loop, own, strict=True))
-        return f"fastest of {len(self.runs)}: {ratios} the speed of the loop"
+        return f"fastest of {len(self.candidates)}: {ratios} the speed of the loop"
 
     def _finish(self, name: str, reason: str, candidates: list[Candidate]) -> Execution:
         run = self.runs[name]
+        sample = self.options.sample or self.examples[0]
+        execution = prove(Execution(name, reason, candidates, run), self.forward, sample, self.options.tolerance)
         self.runs.clear()  # what wasn't chosen gives its memory back
         logger.info("execution 'auto' serves '%s': %s", name, reason)
-        return Execution(name, reason, candidates, run)
+        return execution
 
 
-class _Cache:
-    """The choice of an earlier start for the same members, sizes, device, versions and threads, as JSON."""
+def _timed(run: Run, args: Args) -> tuple[Any, float]:
+    """What the run gives, and the seconds it takes.
 
-    def __init__(self, forward: EnsembleForward, examples: list[Args], options: ExecutionOptions) -> None:
-        device = _device_of(forward)
-        self.key = {
-            "archive": options.archive_sha,
-            "members": len(forward.members.names),
-            "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = Path(options.cache_dir or ".") / f"execution-{digest}.json"
-
-    def read(self) -> Execution | None:
-        """The stored choice without its callable; None if there is none for exactly this key."""
-        try:
-            stored = json.loads(self.path.read_text())
-            if stored["key"] != self.key or stored["name"] not in MODES:
-                return None
-            candidates = [Candidate(**row) for row in stored["candidates"]]
-            return Execution(stored["name"], stored["reason"], candidates, lambda *_: None)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("the stored choice %s can't be read, measuring again: %s", self.path.name, error)
-            return None
-
-    def write(self, execution: Execution) -> None:
-        """Store the choice; a folder that can't be written to costs the next start its time, no more."""
-        stored = {
-            "key": self.key,
-            "name": execution.name,
-            "reason": execution.reason,
-            "candidates": [asdict(candidate) for candidate in execution.candidates],
-        }
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(stored, indent=1))
-            os.replace(temporary, self.path)
-        except OSError as error:
-            logger.warning("the choice can't be stored in %s: %s", self.path.name, error)
-
-
-def _time_s(run: Run, args: Args) -> float:
+    Raises:
+        LoadError: There is not enough memory for it.
+    """
     on_gpu = any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
     if on_gpu:
         torch.cuda.synchronize()
     started = time.perf_counter()
-    run(*args)
+    try:
+        outputs = run(*args)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise LoadError(f"ran out of memory on a batch: {_first_line(error)}") from error
+        raise
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return outputs, time.perf_counter() - started
 
 
 def _device_of(forward: EnsembleForward) -> torch.device:
     tensors = [*forward.members.stacked.values(), *forward.members.shared.values()]
     return tensors[0].device
-
-
-def _cpu_capability() -> str:
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _first_line(error: BaseException) -> str:

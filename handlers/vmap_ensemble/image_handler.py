@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from vmap_ensemble.base_handler import VmapEnsembleHandler
-from vmap_ensemble.execution import Candidate, Execution
+from vmap_ensemble.choice_cache import Candidate
+from vmap_ensemble.execution import Execution
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.images import check_resize, check_shape, decode_image, read_item
 from vmap_ensemble.quantised_forward import QuantisedForward, quantise_forward

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from vmap_ensemble.lowering import ACTIVATIONS, CONVOLUTIONS, LoweredModel, UnsupportedModel, convolve
+from vmap_ensemble.member_threads import MemberThreads
 
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
 _ADD = torch.ops.mkldnn._convolution_pointwise.binary
@@ -67,27 +68,36 @@ def pack_convolutions(
         Slot name -> packed weights, one per member, or one in all if members share them.
     """
     packed: dict[str, list[Tensor]] = {}
+    threads = MemberThreads(torch.get_num_threads())
     order = {node: position for position, node in enumerate(lowered.graph.nodes)}
     for node in nodes:
+        args: Any = node.args
         if node.target is convolve:
-            x, weight, bias, settings, activation = node.args
+            x, weight, bias, settings, activation = args
             other = None
         elif node.target in CONVOLUTIONS:
-            x, other, weight, bias, settings, activation = node.args
+            x, other, weight, bias, settings, activation = args
         else:
             continue
         slot = _insert_slot(lowered, weight)
-        packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape))  # type: ignore[index]
+        packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
         in_place = other is not None and is_consumable(lowered, node, (x, other), _PACKED, order, values)
         _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
+        if not weight.users:
+            # Folded weights are copies: given back at once, they never lie beside all of the packed ones.
+            lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
+            values.pop(weight, None)
+    threads.close()
     return packed
 
 
-def _pack_weight(lowered: LoweredModel, weight: Any, settings: Any, input_size: list[int]) -> list[Tensor]:
+def _pack_weight(
+    lowered: LoweredModel, weight: Any, settings: Any, input_size: list[int], threads: MemberThreads
+) -> list[Tensor]:
     tensor = lowered.slots[weight.name]
     rows = tensor.unbind() if weight.name in lowered.stacked else (tensor,)
     reorder = torch.ops.mkldnn._reorder_convolution_weight
-    return [reorder(row.contiguous(), *settings, input_size) for row in rows]
+    return threads.map(lambda row: reorder(row.contiguous(), *settings, input_size), rows)
 
 
 def _replace_call(

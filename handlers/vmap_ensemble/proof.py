@@ -46,25 +46,51 @@ def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], toler
     Raises:
         LoadError: The difference of a member is beyond the tolerance, or the outputs differ in structure.
     """
-    together = pytree.tree_leaves(forward.comparable(run(*args), args, 1))
+    return compare_outputs(forward, run(*args), own_outputs(forward, args), args, tolerance)
+
+
+def own_outputs(forward: EnsembleForward, args: tuple[Any, ...]) -> list[list[Any]]:
+    """What each member's own plain forward gives: per member the leaves of its output, (B, ...) tensors."""
+    members = range(len(forward.members.names))
+    return [pytree.tree_leaves(forward.comparable(forward.member(index, *args), args, 0)) for index in members]
+
+
+def split_members(forward: EnsembleForward, outputs: Any, args: tuple[Any, ...]) -> list[list[Any]]:
+    """What `own_outputs` would give, from the loop's outputs (M, B, ...): nothing is computed again."""
+    leaves = pytree.tree_leaves(forward.comparable(outputs, args, 1))
+    return [[leaf[index] for leaf in leaves] for index in range(len(forward.members.names))]
+
+
+def compare_outputs(
+    forward: EnsembleForward,
+    outputs: Any,
+    own: list[list[Any]],
+    args: tuple[Any, ...],
+    tolerance: float | None = None,
+) -> Proof:
+    """Compare outputs (M, B, ...) with what `own_outputs` gave for the same arguments.
+
+    Raises:
+        LoadError: As `prove_equal`.
+    """
+    together = pytree.tree_leaves(forward.comparable(outputs, args, 1))
     largest, agreements, bound = 0.0, [], 0.0
     not_finite = []
-    for index, name in enumerate(forward.members.names):
-        own_leaves = pytree.tree_leaves(forward.comparable(forward.member(index, *args), args, 0))
+    for index, (name, own_leaves) in enumerate(zip(forward.members.names, own, strict=True)):
         if len(own_leaves) != len(together):
             raise LoadError(
                 f"member '{name}': expected {len(own_leaves)} outputs, got {len(together)} from the vmapped forward"
             )
-        for own, stacked in zip(own_leaves, together, strict=True):
-            if not isinstance(own, Tensor):
+        for expected, stacked in zip(own_leaves, together, strict=True):
+            if not isinstance(expected, Tensor):
                 continue
             ours = stacked[index]
-            if own.shape != ours.shape:
+            if expected.shape != ours.shape:
                 raise LoadError(
-                    f"member '{name}': own forward gives {tuple(own.shape)}, the vmapped one {tuple(ours.shape)}"
+                    f"member '{name}': own forward gives {tuple(expected.shape)}, the vmapped one {tuple(ours.shape)}"
                 )
-            bound = tolerance or forward.tolerance or TOLERANCE.get(own.dtype, TOLERANCE[torch.float32])
-            difference, finite = _relative_difference(own, ours)
+            bound = tolerance or forward.tolerance or TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
+            difference, finite = _relative_difference(expected, ours)
             if not finite:
                 not_finite.append(name)
             if not difference <= bound:
@@ -73,9 +99,13 @@ def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], toler
                     f"(relative), more than the tolerance {bound:.0e}; refusing to serve. See docs/limits.md"
                 )
             largest = max(largest, difference)
-            agreements.append((own.argmax(-1) == ours.argmax(-1)).float().mean().item() if own.dim() else 1.0)
+            agreements.append(_argmax_agreement(expected, ours))
     agreement = sum(agreements) / max(len(agreements), 1)
     return Proof(largest, agreement, bound, tuple(dict.fromkeys(not_finite)))
+
+
+def _argmax_agreement(own: Tensor, ours: Tensor) -> float:
+    return (own.argmax(-1) == ours.argmax(-1)).float().mean().item() if own.dim() else 1.0
 
 
 def _relative_difference(own: Tensor, ours: Tensor) -> tuple[float, bool]:
