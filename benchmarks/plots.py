@@ -13,6 +13,7 @@ from benchmarks.results import Result
 
 matplotlib.use("Agg")
 OURS, OTHERS, FAINT = "#d1495b", "#66788a", "#b8c4ce"
+SERVED = {"ours": OURS, "separate": "#30638e", "loop": "#8d99ae", "workflow": "#edae49", "ours_reference": "#f4a3ad"}
 
 
 def colour(name: str) -> str:
@@ -59,8 +60,7 @@ def plot_serve(figures: dict[str, Any]) -> Figure:
                 places = [
                     index + (position - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(counts))
                 ]
-                shade = 1.0 if name.startswith("ours") else 1.0 - 0.25 * (position % 3)
-                bars = axes.bar(places, values, 0.8 / len(names), label=name, color=colour(name), alpha=shade)
+                bars = axes.bar(places, values, 0.8 / len(names), label=name, color=SERVED[name])
                 axes.bar_label(bars, fmt="%.0f", fontsize=6)
             axes.set_xticks(range(len(counts)), [f"N = {count}" for count in counts])
             axes.set_ylabel(label)

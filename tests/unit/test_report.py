@@ -153,6 +153,22 @@ def test_html_is_escaped() -> None:
     assert "a &amp; b" in text
 
 
+def test_bert_tables_hold_batches_and_the_trunk() -> None:
+    row = {
+        "rival": "packed",
+        "median_ms": 2.0,
+        "p10_ms": 1.0,
+        "p90_ms": 3.0,
+        "ratio": 4.0,
+        "largest_difference": 1e-7,
+    }
+    batch = {"batch": "ragged", "tokens": 136, "texts": 8, "rows": [row]}
+    trunk = [{"heads": 16, "texts": 1, "rows": [row]}]
+    first, second = make_tables([result("bert", "bert", members=4, batches=[batch], trunk=trunk)])
+    assert first.rows == [("ragged: 136 tokens in 8 texts", "packed", "2.00 ms", "1.00 to 3.00", "4.00", "1e-07")]
+    assert (second.title, second.rows[0][0]) == ("16 heads on one trunk", "1 texts")
+
+
 # --- drawing and running ------------------------------------------------------------------------------------
 
 
