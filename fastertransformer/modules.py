@@ -62,7 +62,9 @@ class FasterLayer(nn.Module):
         own = layer.attention.self
         self.encoder = torch.classes.FasterTransformer.Encoder(
             *list_layer_tensors(layer), own.num_attention_heads, own.attention_head_size, remove_padding,
-            0, count, index, False, True,
+            0, count, index, False,
+            # use_trt_kernel: padding that is kept may be anywhere, which the mask says and the offsets can't.
+            remove_padding,
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, mask: Tensor, offsets: Tensor, sequence_id_offset: Tensor) -> Tensor:
@@ -101,6 +103,19 @@ class PlainLayer(nn.Module):
         return self.norm(self.output(F.gelu(self.intermediate(attended))) + attended)
 
 
+def check_inputs(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None, max_length: int) -> None:
+    """Refuse inputs of unlike shapes, whose rows would be mixed up in silence, and longer ones than were traced."""
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"expected input_ids and attention_mask of one shape (batch, length), got {input_ids.shape} and "
+            f"{attention_mask.shape}"
+        )
+    if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
+        raise ValueError(f"token_type_ids: expected shape {input_ids.shape}, got {token_type_ids.shape}")
+    if input_ids.size(1) > max_length:
+        raise ValueError(f"input_ids of length {input_ids.size(1)}: this file was traced for at most {max_length}")
+
+
 class PackedCore(nn.Module):
     """Ids and mask (B, S) -> rows of the real tokens (T, H). Padding goes before the embedding, not after it.
 
@@ -114,9 +129,8 @@ class PackedCore(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_inputs(input_ids, attention_mask, token_type_ids, self.max_length)
         batch, length = input_ids.size(0), input_ids.size(1)
-        if length > self.max_length:
-            raise ValueError(f"input_ids of length {length}: this file was traced for at most {self.max_length}")
         kept = attention_mask != 0
         lengths = kept.sum(1).to(torch.int32)
         offsets = F.pad(torch.cumsum(lengths, 0).to(torch.int32), [1, 0])
@@ -130,9 +144,7 @@ class PackedCore(nn.Module):
         mask = kept.to(hidden.dtype).view(batch, 1, 1, length).expand(batch, 1, length, length)
         for layer in self.layers:
             hidden = layer(hidden, mask, offsets, sequence_id_offset)
-        # A sequence without tokens has no first row: it takes a neighbour's, since indices must exist.
-        first = offsets[:-1].clamp(max=places.size(0) - 1)
-        return hidden, first, sequence_id_offset, mask
+        return hidden, offsets[:-1], sequence_id_offset, mask
 
     def spread(self, rows: Tensor, sequence_id_offset: Tensor, mask: Tensor) -> Tensor:
         """(T, C) -> (B, S, C), zero where padding was."""
@@ -140,7 +152,7 @@ class PackedCore(nn.Module):
 
 
 class PaddedCore(nn.Module):
-    """Ids and mask (B, S) -> all rows (B * S, H); padding must be on the right, as BERT's tokenizers put it."""
+    """Ids and mask (B, S) -> all rows (B * S, H)."""
 
     def __init__(self, embeddings: nn.Module, layers: Sequence[nn.Module], max_length: int) -> None:
         super().__init__()
@@ -149,9 +161,8 @@ class PaddedCore(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_inputs(input_ids, attention_mask, token_type_ids, self.max_length)
         batch, length = input_ids.size(0), input_ids.size(1)
-        if length > self.max_length:
-            raise ValueError(f"input_ids of length {length}: this file was traced for at most {self.max_length}")
         kept = attention_mask != 0
         starts = torch.arange(batch + 1, device=input_ids.device) * length
         # Valid and padded spans alternate: start, end of the real tokens, next start, ...
@@ -170,7 +181,10 @@ class PaddedCore(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """(input_ids, attention_mask) -> logits (B, C)."""
+    """(input_ids, attention_mask) -> logits (B, C), from each text's first token.
+
+    That is position 0, as in Hugging Face; where padding is removed it is the first real one, if that differs.
+    """
 
     def __init__(self, core: Any, model: Any) -> None:
         super().__init__()
@@ -178,6 +192,8 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         rows, first, _, _ = self.core(input_ids, attention_mask, token_type_ids)
+        if not bool((attention_mask != 0).any(1).all()):  # its first row would be its neighbour's
+            raise ValueError("attention_mask: a text without any token has nothing to classify")
         return self.classifier(torch.tanh(self.pooler(rows.index_select(0, first))))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,8 @@ def ft_library():
         build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    path = build.ensure_library()
+    # FT_LIBRARY: a build of one's own, such as one with AddressSanitizer.
+    path = Path(os.environ.get("FT_LIBRARY") or build.ensure_library())
     load_ft_library(path)
     return path
 

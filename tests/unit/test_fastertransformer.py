@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastertransformer.build import BuildError, ensure_library, find_compiler
-from vmap_ensemble.ft_library import load_ft_library
-
 HEADS, SIZE, INNER = 3, 8, 40
 HIDDEN = HEADS * SIZE
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
-    # FT_LIBRARY: a build of one's own, such as one with AddressSanitizer.
-    load_ft_library(os.environ.get("FT_LIBRARY") or ensure_library())
+def _library(ft_library: Path) -> None:
+    """Every test here calls it."""
 
 
 def make_tensors(heads: int = HEADS, size: int = SIZE, inner: int = INNER, dtype=torch.float32) -> list[Tensor]:
@@ -128,6 +120,45 @@ def test_padded_layer_equals_plain_torch_on_real_tokens(use_trt_kernel: bool) ->
     for b, length in enumerate(lengths):
         expected = forward_plain(tensors, hidden[b, :length], HEADS)
         torch.testing.assert_close(got[b, :length].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_mask_may_have_padding_on_the_left_and_holes() -> None:
+    tensors, longest = make_tensors(), 7
+    keep = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]])
+    hidden = torch.randn(4, longest, HIDDEN, generator=torch.Generator().manual_seed(8))
+    encoder = make_encoder(tensors, remove_padding=False, use_trt_kernel=False)
+    mask = keep.float()[:, None, None, :].expand(4, 1, longest, longest)
+    got = encoder.forward(hidden, mask, torch.zeros(9, dtype=torch.int32), hidden)
+    assert got.isfinite().all()  # the row without any token, too
+    for b in range(3):
+        kept = keep[b].bool()
+        expected = forward_plain(tensors, hidden[b, kept], HEADS)
+        torch.testing.assert_close(got[b, kept].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 2, 3, 9, 6], "from 0 to 6|rise by 0 to 3"),
+        ([0, -2, 3, 5, 6], "got 0 then -2 at position 0"),
+        ([0, 4, 3, 5, 6], "rise by 0 to 3"),
+        ([0, 2, 3, 5], r"shape \[5\]"),
+    ],
+)
+def test_padded_forward_refuses_offsets(offsets: list[int], message: str) -> None:
+    encoder = make_encoder(remove_padding=False)
+    hidden = torch.zeros(2, 3, HIDDEN)
+    with pytest.raises((IndexError, ValueError), match=message):
+        encoder.forward(hidden, torch.ones(2, 1, 3, 3), torch.tensor(offsets, dtype=torch.int32), hidden)
+
+
+def test_rows_without_tokens_between_others() -> None:
+    tensors, lengths = make_tensors(), [0, 3, 0, 0, 2, 0]
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(9))
+    expected = torch.cat([forward_plain(tensors, part, HEADS) for part in hidden.split([3, 2])])
+    torch.testing.assert_close(
+        run_packed(make_encoder(tensors), hidden, lengths).double(), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_non_contiguous_inputs_and_weights() -> None:

@@ -86,12 +86,79 @@ def test_equals_hugging_face(traced_mode, lengths: list[int], token_types: bool)
     assert_equal_on_real_tokens(traced, model, mode, make_batch(lengths), 1e-5, token_types)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_hugging_face_on_random_batches(traced_mode, seed: int) -> None:
+    """Any batch of 1 to 32 texts of 1 to 512 tokens; the sum is bounded for the sake of time."""
+    mode, model, traced, _ = traced_mode
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 33, (1,), generator=generator))
+    longest = min(512, 3000 // count)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    assert_equal_on_real_tokens(traced, model, mode, make_batch(lengths, extra=seed), 1e-5, bool(seed % 2))
+
+
 def test_mask_with_holes_keeps_positions(traced_mode) -> None:
     mode, model, traced, _ = traced_mode
     ids, mask, types = make_batch([9, 12])
     mask[0, 4] = 0
     mask[1, 7:9] = 0
     assert_equal_on_real_tokens(traced, model, mode, (ids, mask, types), 1e-5, False)
+
+
+def make_odd_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Padding on the left, holes, and both."""
+    ids, mask, types = make_batch([9, 12, 7], extra=0)
+    mask[0, :4], mask[1, 3], mask[1, 7:9], mask[2, 0], mask[2, 4] = 0, 0, 0, 0, 0
+    return ids, mask, types
+
+
+def classify_first_real_token(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hugging Face's own classifier on the first token that the mask keeps."""
+    with torch.no_grad():
+        states = model.bert(ids, attention_mask=mask).last_hidden_state
+        first = states[torch.arange(len(ids)), mask.argmax(1)]
+        return model.classifier(torch.tanh(model.bert.pooler.dense(first)))
+
+
+def test_padding_on_the_left_and_holes(traced_mode) -> None:
+    mode, model, traced, _ = traced_mode
+    ids, mask, types = make_odd_batch()
+    if mode == "sequence_classification":
+        torch.testing.assert_close(traced(ids, mask), classify_first_real_token(model, ids, mask), rtol=0, atol=1e-5)
+    else:
+        assert_equal_on_real_tokens(traced, model, mode, (ids, mask, types), 1e-5, True)
+
+
+def test_a_text_without_any_token(traced_mode) -> None:
+    mode, model, traced, _ = traced_mode
+    ids, mask, types = make_batch([5, 3, 8])
+    mask[1] = 0
+    if mode == "sequence_classification":
+        with pytest.raises(torch.jit.Error, match="a text without any token has nothing to classify"):
+            traced(ids, mask)
+        return
+    assert_equal_on_real_tokens(traced, model, mode, (ids, mask, types), 1e-5, False)
+    filling = PADDING_LOGIT if mode == "question_answering" else 0.0
+    for some in (mask, torch.zeros_like(mask)):
+        outputs = traced(ids, some)
+        for logits in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert (logits[some.sum(1) == 0] == filling).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids, mask, types: (ids, mask[:, :-1], types), r"input_ids and attention_mask of one shape"),
+        (lambda ids, mask, types: (ids, mask[:1], types), r"input_ids and attention_mask of one shape"),
+        (lambda ids, mask, types: (ids[0], mask[0], types[0]), r"one shape \(batch, length\)"),
+        (lambda ids, mask, types: (ids, mask, types[:, 1:]), r"token_type_ids: expected shape"),
+        (lambda ids, mask, types: (ids + 1000, mask, types), "index out of range"),
+        (lambda ids, mask, types: (ids, mask, types + 5), "index out of range"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(traced_mode, change, message: str) -> None:
+    with pytest.raises((torch.jit.Error, RuntimeError, IndexError), match=message):
+        traced_mode[2](*change(*make_batch([4, 9])))
 
 
 def test_fresh_process_gives_the_same_logits(traced_mode, library: Path, tmp_path: Path) -> None:
@@ -134,6 +201,8 @@ def test_padding_kept(mode: str, options: dict, tmp_path: Path) -> None:
     traced = load_traced(tmp_path / "t.pt")
     for lengths in ([15], [30, 2, 9]):
         assert_equal_on_real_tokens(traced, model, mode, make_batch(lengths), 1e-5, True)
+    # Position 0 is pooled, real or not, as Hugging Face does.
+    assert_equal_on_real_tokens(traced, model, mode, make_odd_batch(), 1e-5, True)
 
 
 # Against Hugging Face in the same dtype: both round each of three layers, in another order.
@@ -141,9 +210,10 @@ def test_padding_kept(mode: str, options: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", list(CLASSES))
 def test_half_precision(mode: str, data_type: str, tolerance: float, tmp_path: Path) -> None:
     model = make_model(mode)
-    trace.trace_checkpoint(model, mode, tmp_path / "t.pt", batch_size=3, max_length=64, data_type=data_type)
+    trace.trace_checkpoint(model, mode, tmp_path / "t.pt", batch_size=3, max_length=512, data_type=data_type)
     traced = load_traced(tmp_path / "t.pt")
-    assert_equal_on_real_tokens(traced, model, mode, make_batch([30, 2, 9]), tolerance, True)
+    for lengths in ([1], [512], [30, 2, 9], [(7 * i) % 60 + 1 for i in range(32)]):
+        assert_equal_on_real_tokens(traced, model, mode, make_batch(lengths), tolerance, True)
 
 
 def test_padding_never_wins_a_question(tmp_path: Path) -> None:
@@ -321,6 +391,39 @@ def test_traced_for_another_class_version(traced_mode, tmp_path: Path) -> None:
     file = rewrite(traced_mode[3], tmp_path / "t.pt", {b"FasterTransformer.Encoder": b"FasterTransformer.Decoder"})
     with pytest.raises(LoadError, match="another version of the FasterTransformer class"):
         load_traced(file)
+
+
+def test_state_of_another_class_version(traced_mode, tmp_path: Path) -> None:
+    """Of the tensor of eight scalars only seven are there."""
+    size_and_stride = b"(K\x08t(K\x01t"
+    file = rewrite(traced_mode[3], tmp_path / "t.pt", {size_and_stride: size_and_stride.replace(b"\x08", b"\x07")})
+    with pytest.raises(
+        LoadError, match=r"t\.pt was traced for another version of the FasterTransformer class"
+    ) as error:
+        load_traced(file)
+    assert "expected an int64 tensor of 8 scalars" in str(error.value)
+
+
+def test_traced_for_int8(traced_mode, tmp_path: Path) -> None:
+    scalars = torch.tensor([4, 16, 1, 0, 3, 1, 0, 1])
+    quantized = torch.tensor([4, 16, 1, 1, 3, 1, 0, 1])
+    old, new = (tensor.numpy().tobytes() for tensor in (scalars, quantized))
+    with zipfile.ZipFile(traced_mode[3]) as before, zipfile.ZipFile(tmp_path / "t.pt", "w") as after:
+        rows = {name: before.read(name) for name in before.namelist()}
+        assert list(rows.values()).count(old) == 1
+        for name, data in rows.items():
+            after.writestr(name, new if data == old else data)
+    with pytest.raises(LoadError, match=r"t\.pt: int8_mode 1 is not supported by this library, only 0; trace"):
+        load_traced(tmp_path / "t.pt")
+
+
+def test_tensors_saved_on_cuda_load_on_a_cpu(traced_mode, tmp_path: Path) -> None:
+    changes = {b"X\x03\x00\x00\x00cpu": b"X\x06\x00\x00\x00cuda:0"}
+    moved = rewrite(traced_mode[3], tmp_path / "t.pt", changes)
+    with zipfile.ZipFile(moved) as archive:
+        assert any(b"cuda:0" in archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
+    ids, mask, _ = make_batch([6, 20, 1])
+    torch.testing.assert_close(load_traced(moved)(ids, mask), traced_mode[2](ids, mask), rtol=0, atol=0)
 
 
 def test_traced_on_cuda(tmp_path: Path) -> None:
