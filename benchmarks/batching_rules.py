@@ -69,6 +69,7 @@ class Case:
         stock: What vmap's own rules and the loop run.
         ours: What our rule runs; the same work unless packing changes its shape.
         ours_asked, stock_asked: From an output (M, ...) to the part that anybody asks for, in one shape.
+        weights: Matrices of linear layers, which the rules may prepare beforehand, as at load.
         once: A model calls it once, not in every layer.
     """
 
@@ -77,6 +78,7 @@ class Case:
     ours: Work
     ours_asked: Callable[[Tensor], Tensor] = lambda output: output
     stock_asked: Callable[[Tensor], Tensor] = lambda output: output
+    weights: tuple[Tensor, ...] = ()
     once: bool = False
 
 
@@ -106,8 +108,11 @@ def make_cases(members: int, lengths: list[int]) -> list[Case]:
         ("linear, weight shared", F.linear, (own, wide[0], bias), (True, False, True)),
         ("layer norm", _normalise, (own, scale, shift), (True, True, True)),
     ]
-    same = [(name, Work(function, arguments, batched)) for name, function, arguments, batched in plain]
-    cases = [Case(name, work, work, once=name == "embedding") for name, work in same]
+    cases = []
+    for name, function, arguments, batched in plain:
+        work = Work(function, arguments, batched)
+        weights = arguments[1:2] if function is F.linear else ()
+        cases.append(Case(name, work, work, weights=weights, once=function is F.embedding))
     return [*cases, *_attention_cases(draw, members, mask, packing), *_packing_cases(own, packing)]
 
 
@@ -163,7 +168,7 @@ def _packing_cases(own: Tensor, packing: Packing) -> list[Case]:
 @torch.inference_mode()
 def measure_case(case: Case, batch: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time stock, loop and ours on one case; returns its figures with the largest differences to the loop."""
-    rules = FastRules({str(i): tensor for i, tensor in enumerate(case.ours.arguments) if case.ours.own[i]})
+    rules = FastRules({str(number): weight for number, weight in enumerate(case.weights)})
     repeat = 1 if case.once else options.repeat
 
     def ours() -> Tensor:

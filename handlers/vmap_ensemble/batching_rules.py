@@ -186,10 +186,12 @@ def multiply(rules: FastRules, input: Tensor, weight: Tensor, bias: Tensor | Non
     packed = rules.prepacked(w, rows, needs_grad)
     if not w_batched:
         return run_on_members(lambda: _multiply_shared(x, w, b, x_batched, b_batched, packed))
-    if not x_batched:
+    if not x_batched and x.is_cuda:
         # x (..., I) is one for all: a single product with all members' rows, (..., M * O).
         return run_on_members(lambda: _multiply_once(x, w, b, b_batched), x.ndim - 1)
-    return run_on_members(lambda: _multiply_each(x, w, b, b_batched, packed))
+    # On a CPU that is slower than M products, and leaves the member axis in the middle.
+    own = x if x_batched else x.expand(len(w), *x.shape)
+    return run_on_members(lambda: _multiply_each(own, w, b, b_batched, packed))
 
 
 def _multiply_trunk(rules: FastRules, x: Tensor, w: Tensor, b: Tensor | None) -> Any:

@@ -263,7 +263,7 @@ def test_steps_and_chunks_are_settings(serve, ask):
     (again,) = explain(ask, handler, TEXT.encode())["explanations"]
     assert again == rough
     assert max(sizes) == 4
-    handler, _, _ = serve("sequence_classification", config, change=liven, explanation_steps=200)
+    handler, _, _ = serve("sequence_classification", config, change=liven, explanation_steps=40)
     (fine,) = explain(ask, handler, TEXT.encode())["explanations"]
     assert abs(fine["delta"]) < abs(rough["delta"])
 
