@@ -23,6 +23,7 @@ class ImageEnsembleHandler(VmapEnsembleHandler):
     settings_class = VisionSettings
     mode = "RGB"
     short_side = 256
+    parses_in_threads = True  # Pillow decodes and resizes without the interpreter's lock
 
     def transform(self, image: Image.Image) -> Tensor:
         """Turn an image into the model's input, (channels, height, width)."""
