@@ -35,6 +35,7 @@ from vmap_ensemble.errors import EnsembleError, RequestError, SettingsError
 from vmap_ensemble.execution import Execution, ExecutionOptions, build_execution, prove
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.images import check_shape, read_item
+from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
 from vmap_ensemble.precision import Precision, read_precision
@@ -57,6 +58,8 @@ class VmapEnsembleHandler(BaseHandler):
         default_architecture: What is built where the settings name no architecture.
         default_input_shape: Shape of one example where the settings give none.
         lists_are_batches: Whether a JSON list is a batch of items; otherwise it is one item, a tensor.
+        parses_in_threads: Whether `parse` is called for several items at a time, one per core: where an item
+            costs milliseconds outside of Python.
         settings: The archive's settings.
         forward: The vmapped forward of the members.
         execution: How the forward is run, and why.
@@ -69,6 +72,7 @@ class VmapEnsembleHandler(BaseHandler):
     default_architecture: str = ""
     default_input_shape: tuple[int, ...] | None = None
     lists_are_batches: bool = False
+    parses_in_threads: bool = False
     settings: Any
     forward: EnsembleForward
     proof: Proof
@@ -108,6 +112,8 @@ class VmapEnsembleHandler(BaseHandler):
     def collate(self, examples: Sequence[Any]) -> tuple[Any, ...]:
         """Turn examples into the model's arguments on the device; here: one stacked tensor (B, ...)."""
         batch = torch.stack(list(examples))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # else the copy waits for the whole batch
         return (batch.to(self.device, self.dtype if batch.is_floating_point() else None, non_blocking=True),)
 
     def sample_examples(self, count: int) -> list[Any]:
@@ -176,6 +182,7 @@ class VmapEnsembleHandler(BaseHandler):
         with self._phase("execution"):
             self.choose_execution(config)
         self._take_proof()
+        self.parsers = MemberThreads(self.threads if self.parses_in_threads else 1)
 
     def open(self, folder: Path, settings: Settings) -> None:
         """Make ready for `load_forward` and `collate` outside of a server, on the CPU.
@@ -285,17 +292,13 @@ class VmapEnsembleHandler(BaseHandler):
         start = time.perf_counter()
         replies: list[Any] = [None] * len(data)
         requests: dict[int, Request] = {}
-        examples: list[Any] = []
-        options: list[Options] = []
         for index, row in enumerate(data):
             with self._guard(replies, index):
                 headers = context.get_all_request_header(index)
                 replies[index] = self._special_reply(row, headers)
                 if replies[index] is None:
-                    request, parsed = self.read_examples(read_request(row, headers))
-                    requests[index] = request
-                    examples += parsed
-                    options += [request.options] * len(parsed)
+                    requests[index] = self._check_request(read_request(row, headers))
+        requests, examples, options = self._parse_requests(requests, replies)
         parsed_at = time.perf_counter()
         answers = iter(self._predict(examples, options) if examples else [])
         predicted_at = time.perf_counter()
@@ -318,11 +321,15 @@ class VmapEnsembleHandler(BaseHandler):
         return None
 
     def read_examples(self, request: Request) -> tuple[Request, list[Any]]:
-        """Check a request's options, and parse its items; lists are batches where the handler says so.
+        """Check one request's options, and parse its items; lists are batches where the handler says so.
 
         Raises:
             RequestError: An item can't be read, or the subset names a member that isn't there.
         """
+        request = self._check_request(request)
+        return request, [self.parse(item) for item in request.items]
+
+    def _check_request(self, request: Request) -> Request:
         if self.lists_are_batches:
             request = as_batch(request)
         unknown = sorted(set(request.options.subset or ()) - set(self.forward.members.names))
@@ -331,7 +338,38 @@ class VmapEnsembleHandler(BaseHandler):
             raise RequestError(422, f"subset: unknown member '{unknown[0][:80]}'; known: {known}")
         if request.options.subset is not None and not self.weights_of([request.options]).any():
             raise RequestError(422, "subset: the settings give its members no weight")
-        return request, [self.parse(item) for item in request.items]
+        return request
+
+    def _parse_requests(
+        self, requests: dict[int, Request], replies: list[Any]
+    ) -> tuple[dict[int, Request], list[Any], list[Options]]:
+        """Parse the items of all requests, in threads; a request of which one fails gets its reply here.
+
+        Returns:
+            The requests that are left, and their examples and options, one per item, in the same order.
+        """
+        items = [item for request in requests.values() for item in request.items]
+        parsed = iter(self.parsers.map(self._try_to_parse, items))
+        left: dict[int, Request] = {}
+        examples: list[Any] = []
+        options: list[Options] = []
+        for index, request in requests.items():
+            own = list(islice(parsed, len(request.items)))
+            with self._guard(replies, index):
+                for outcome in own:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                left[index] = request
+                examples += own
+                options += [request.options] * len(own)
+        return left, examples, options
+
+    def _try_to_parse(self, item: Any) -> Any:
+        """The example of an item, or the error that its request is answered with."""
+        try:
+            return self.parse(item)
+        except Exception as error:
+            return error
 
     def weights_of(self, options: Sequence[Options]) -> Tensor:
         """(M, B) weights: the settings', 0 for members outside an example's subset."""

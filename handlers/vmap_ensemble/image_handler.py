@@ -27,6 +27,7 @@ class ImageEnsembleHandler(VmapEnsembleHandler):
     settings_class = VisionSettings
     mode = "RGB"
     short_side = 256
+    parses_in_threads = True  # Pillow decodes and resizes without the interpreter's lock
 
     def load_forward(self) -> EnsembleForward:
         """As for every handler; with quantization, in 8 bits.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from vmap_ensemble.requests import decode_base64
 # Pillow knows far more; what is not in this list (EPS runs Ghostscript, say) never sees a client's bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ITEM_KEYS = ("data", "b64", "image")
+# Python's list of warning filters is one for all threads; reading a header takes microseconds.
+_OPENING = threading.Lock()
 
 
 def read_item(item: Any) -> bytes | Tensor:
@@ -89,7 +92,7 @@ def decode_image(data: bytes, mode: str, max_pixels: int) -> Image.Image:
         RequestError: 415 where it is no image, 413 where it is too large, 400 where it is broken.
     """
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             # Pillow's own limit only warns up to twice its size; the check below is the one that holds.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -49,8 +49,8 @@ class MemberThreads:
         torch.set_num_threads(before)
 
     def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
-        """The function's results, in the order of the jobs."""
-        if self._pool is None:
+        """The function's results, in the order of the jobs; a single job runs here, on all cores."""
+        if self._pool is None or len(jobs) < 2:
             return [function(job) for job in jobs]
         results: list[Result] = [None] * len(jobs)  # type: ignore[list-item]
         queue = iter(enumerate(jobs))  # one step of it is atomic: whoever is free takes the next member

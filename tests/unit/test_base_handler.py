@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -302,3 +303,26 @@ def test_a_subset_without_weight_is_refused_alone(make_mnist, ask, digit):
     assert replies[0][0] == 422
     assert "no weight" in replies[0][1]["error"]["message"]
     assert replies[1][0] == 200
+
+
+class Threaded(MnistHandler):
+    """Parses two items at a time, or waits forever."""
+
+    parses_in_threads = True
+    together = threading.Barrier(2)
+
+    def transform(self, image):
+        self.together.wait(timeout=30)
+        return super().transform(image)
+
+
+def test_items_are_parsed_in_threads_and_a_bad_one_fails_alone(make_mnist, ask, digit):
+    plain_handler, _ = make_mnist(2)
+    handler, _ = make_mnist(2, handler=Threaded, config={"handler": {"threads": 2}})
+    images = [{"body": digit(seed)} for seed in range(4)]
+    rows = [images[0], {"body": b"no image"}, images[1], {"body": b""}, images[2], images[3]]
+    replies = ask(handler, rows)
+    assert [status for status, _ in replies] == [200, 415, 200, 400, 200, 200]
+    expected = ask(plain_handler, images)
+    for (_, answer), (_, own) in zip([replies[i] for i in (0, 2, 4, 5)], expected, strict=True):
+        assert close(answer, own)

@@ -9,7 +9,17 @@ from vmap_ensemble.threads import cores_at_hand, threads_per_worker
 
 @pytest.mark.parametrize(
     ("config", "cores", "threads"),
-    [(None, 8, 8), ({"maxWorkers": 4}, 8, 2), ({"minWorkers": 3}, 8, 2), ({"maxWorkers": 16}, 8, 1)],
+    [
+        (None, 8, 8),
+        ({"maxWorkers": 4}, 8, 2),
+        ({"minWorkers": 3}, 8, 2),
+        ({"maxWorkers": 16}, 8, 1),
+        ({"maxWorkers": 1}, 1, 1),
+        ({"maxWorkers": 2}, 1, 1),
+        ({"maxWorkers": 2}, 2, 1),
+        ({"maxWorkers": 1}, 16, 16),
+        ({"maxWorkers": 3}, 16, 5),
+    ],
 )
 def test_threads_per_worker(config, cores, threads):
     assert threads_per_worker(config, cores) == threads
