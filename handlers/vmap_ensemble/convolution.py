@@ -32,7 +32,7 @@ from vmap_ensemble.lowering import (
     lower_model,
 )
 from vmap_ensemble.member_threads import MemberThreads
-from vmap_ensemble.prepacking import member_slot, pack_convolutions, record_values
+from vmap_ensemble.prepacking import member_slot, pack_convolutions, pack_linears, record_values
 from vmap_ensemble.proof import prove_equal
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> Pa
     convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
     packed = pack_convolutions(lowered, head, values)
     reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
+    linears = pack_linears(lowered, head, values)
+    if linears:
+        reason += f", and {len(linears)} linear layers"
+    packed = {**packed, **linears}
     return PackedGraph(head, tail, values, packed, reason)
 
 

@@ -1,4 +1,4 @@
-"""Turns the plain convolutions of a lowered graph into oneDNN's fused ones, on weights packed once.
+"""Turns the plain convolutions and large linear layers of a lowered graph into oneDNN's, on weights packed once.
 
 oneDNN's convolution wants its weights in blocks that suit the CPU, and reorders plain ones on every call.
 Packed for the example's size they stay right for every other size: oneDNN reorders them where it must.
@@ -7,14 +7,26 @@ Packed for the example's size they stay right for every other size: oneDNN reord
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vmap_ensemble.lowering import ACTIVATIONS, CONVOLUTIONS, LoweredModel, UnsupportedModel, convolve
+from vmap_ensemble.lowering import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    MIN_LINEAR_WEIGHTS,
+    LoweredModel,
+    UnsupportedModel,
+    convolve,
+)
 from vmap_ensemble.member_threads import MemberThreads
 
+_MULTIPLY = torch.ops.mkldnn._linear_pointwise.default
+# Order for products of about so many rows: for one as well (9216 to 128 on one core, 0.14 ms against 0.20 ms packed
+# for one row, and 0.18 ms plain; 8 rows 0.21 ms against 0.51 ms plain).
+LINEAR_ROWS = 16
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
 _ADD = torch.ops.mkldnn._convolution_pointwise.binary
 _ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -88,6 +100,26 @@ def pack_convolutions(
             lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
             values.pop(weight, None)
     threads.close()
+    return packed
+
+
+def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> dict[str, list[Tensor]]:
+    """Replace large linear layers of (B, in) rows by oneDNN's, in place; arguments and result as of convolutions."""
+    packed: dict[str, list[Tensor]] = {}
+    for node in nodes:
+        if node.target is not F.linear or node.kwargs or len(node.args) != 3:
+            continue
+        x, weight, bias = cast(Any, node.args)
+        tensor = lowered.slots.get(getattr(weight, "name", ""))
+        if tensor is None or values[x].dim() != 2 or tensor.dtype != torch.float32:
+            continue
+        if tensor.shape[-2] * tensor.shape[-1] < MIN_LINEAR_WEIGHTS:
+            continue
+        slot = _insert_slot(lowered, weight)
+        rows = tensor.unbind() if weight.name in lowered.stacked else (tensor,)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        packed[slot.name] = [reorder(row.contiguous(), LINEAR_ROWS) for row in rows]
+        node.target, node.args = _MULTIPLY, (x, slot, bias, "none", [], "")
     return packed
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.lowering import (
     CONVOLUTIONS,
+    MIN_LINEAR_WEIGHTS,
     LoweredModel,
     UnsupportedModel,
     convolve,
@@ -35,9 +36,6 @@ from vmap_ensemble.quantised_steps import (
     quantise_weight,
     scale_of_range,
 )
-
-# oneDNN's call costs more than it saves on a smaller linear layer (10x128: 21 us in 8 bits, 4 us in float32).
-MIN_LINEAR_WEIGHTS = 2**16
 
 # Name of a value -> (lowest, highest) per member, or once where all members share the value.
 Ranges = Mapping[str, Sequence[Sequence[float]]]

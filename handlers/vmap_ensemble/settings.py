@@ -66,7 +66,7 @@ class Settings:
     execution: Literal["auto", "eager", "prepared", "compiled", "cudagraph", "reference"] = Field(
         "auto",
         description="How the one forward is run: `auto` measures at load and keeps the fastest; `eager` vmap; "
-        "`prepared` convolutions; `compiled`, by `./archive.sh --compile` or else by torch.compile at load; "
+        "`prepared` weights; `compiled`, by `./archive.sh --compile` or else by torch.compile at load; "
         "`cudagraph`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(

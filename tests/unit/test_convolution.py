@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vmap_ensemble import prepacking
 from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
 
@@ -279,6 +281,21 @@ def test_half_precision_without_kernels_of_its_own_is_refused(monkeypatch):
     members = StackedMembers(names=("a",), stacked={"weight": torch.ones(1, 2, 2).half()}, shared={})
     with pytest.raises(UnsupportedModel, match=r"no fast convolution of torch.float16, only of .*torch.float32"):
         prepare(nn.Linear(2, 2).eval(), members, torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_large_linear_layers_run_on_packed_weights(monkeypatch, members, shared):
+    monkeypatch.setattr(prepacking, "MIN_LINEAR_WEIGHTS", 12 * 400)
+    states = [Plain().state_dict() for _ in range(members)]
+    stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+    whole = {"fc1.weight": stacked.pop("fc1.weight")[0]} if shared else {}
+    stack = StackedMembers(tuple(f"m{index}" for index in range(members)), stacked, whole)
+    x = torch.randn(3, 1, 14, 14)
+    forward = prepare(Plain().eval(), stack, x)
+    assert "and 1 linear layers" in forward.reason  # fc2 is small
+    for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
+        torch.testing.assert_close(forward(batch), EnsembleForward(Plain().eval(), stack).loop(batch))
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no bfloat16")
