@@ -32,6 +32,7 @@ examples:
   ./archive.sh --list
   ./archive.sh resnet_ens --members a.pth b.pth c.pth
   ./archive.sh mine --handler my_handler.py --model-file model.py --members 'folds/*/model.pt'
+  ./archive.sh resnet_ens --samples photos/              (with "quantization": "int8", or another dtype)
   ./archive.sh --all --force
   ./archive.sh resnet_ens --compile --force
   ./archive.sh --check model_store/resnet_ens.mar kitten.jpg
@@ -54,6 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--handler", metavar="FILE", help="handler file, in the working directory or in handlers/")
     add("--model-file", metavar="FILE", help="model.py with the nn.Module class of an own architecture")
     add("--pretrained", metavar="DIR", help="config.json and tokenizer, where the members don't bring them")
+    add("--samples", nargs="+", metavar="S", help="input files or folders to calibrate and judge a precision on")
     add("--all", action="store_true", help="build every block")
     add("--force", action="store_true", help="replace an archive that exists")
     add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
@@ -66,9 +68,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if sum(map(bool, (options.name, options.all, options.check, options.list))) != 1:
         parser.error("expected exactly one of NAME..., --all, --check, --list")
-    single = (options.members, options.handler, options.model_file, options.pretrained)
+    single = (options.members, options.handler, options.model_file, options.pretrained, options.samples)
     if len(options.name) != 1 and any(single):
-        parser.error("--members, --handler, --model-file and --pretrained go with exactly one NAME")
+        parser.error("--members, --handler, --model-file, --pretrained and --samples go with exactly one NAME")
     if options.check and len(options.check) > 2:
         parser.error("--check takes an archive and at most one input")
     return options
@@ -101,7 +103,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         check_archive(Path(mar), Path(rest[0]) if rest else None, console, options.debug)
         return 0
     # An archive can be made without any block, from the command line alone.
-    blocks = read_blocks(options.config) if options.config.is_file() or not options.members else {}
+    only = options.name[0] if len(options.name) == 1 else None
+    blocks = read_blocks(options.config, only) if options.config.is_file() or not options.members else {}
     if options.list:
         return _list(blocks, options.output, console)
     names = list(blocks) if options.all else options.name
@@ -117,6 +120,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             model_file=options.model_file,
             allow_nan=options.allow_nan,
             pretrained=options.pretrained,
+            samples=options.samples,
         )
         request = dataclasses.replace(request, compile=options.compile)
         build_archive(request, options.output, options.force, console)

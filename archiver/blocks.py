@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from archiver import HANDLERS
+from archiver.flat import DEFAULT_NAME, is_flat, read_flat
 from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
@@ -18,8 +19,10 @@ ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Keys that only the archiver reads; all others are the handler's settings and go into the archive.
 ARCHIVER_KEYS = (
     *("members", "labels", "model_config", "extra_files", "model_file", "version", "allow_nan"),
-    *("pretrained", "library_path"),
+    *("pretrained", "library_path", "samples", "max_changed_predictions"),
 )
+
+MAX_CHANGED_PREDICTIONS = 0.01
 
 MemberSpecs = list[str] | dict[str, str]
 
@@ -43,15 +46,23 @@ class ArchiveRequest:
     pretrained: Path | None = None
     # The library that traced members call.
     library_path: Path | None = None
+    # Inputs to calibrate int8 on, and to judge any other precision than float32 by.
+    samples: tuple[Path, ...] = ()
+    # Share of the samples whose prediction may differ from float32's.
+    max_changed_predictions: float = MAX_CHANGED_PREDICTIONS
     # Whether the forward is compiled ahead of time and packed as native code.
     compile: bool = False
 
 
-def read_blocks(path: Path) -> dict[str, dict[str, Any]]:
+def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]]:
     """Read setup_config.json: archive name -> block.
 
+    Args:
+        path: The file; a flat one, as TorchServe's Hugging Face example has it, is a single block.
+        name: What the archive of a flat file is called; by default what the file says, or `ens`.
+
     Raises:
-        ArchiveError: It is missing, not JSON, or not an object of objects.
+        ArchiveError: It is missing, not JSON, or neither an object of objects nor a flat block.
     """
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))
@@ -61,6 +72,9 @@ def read_blocks(path: Path) -> dict[str, dict[str, Any]]:
         raise ArchiveError(f"{path.name}: expected JSON ({error})") from None
     if not isinstance(blocks, dict):
         raise ArchiveError(f"{path.name}: expected an object, archive name -> block")
+    if is_flat(blocks):
+        block = read_flat(blocks, path.absolute().parent, path.name)
+        return {name or str(blocks.get("name", DEFAULT_NAME)): block}
     for name, block in blocks.items():
         if not isinstance(block, dict):
             raise ArchiveError(f"{path.name}: block '{name}': expected an object, got {type(block).__name__}")
@@ -77,6 +91,7 @@ def make_request(
     model_file: str | None = None,
     allow_nan: bool = False,
     pretrained: str | None = None,
+    samples: list[str] | None = None,
 ) -> ArchiveRequest:
     """Join one block with the command line, which wins.
 
@@ -84,8 +99,8 @@ def make_request(
         name: Name of the archive.
         blocks: What `read_blocks` returned; the block may be absent when handler and members are given.
         folder: Where paths inside the block start: the folder of setup_config.json.
-        members, handler, model_file, allow_nan, pretrained: From the command line; paths start at the
-            working directory.
+        members, handler, model_file, allow_nan, pretrained, samples: From the command line; paths start at
+            the working directory.
 
     Raises:
         ArchiveError: The name is not allowed, or something that an archive needs is missing.
@@ -118,6 +133,8 @@ def make_request(
         allow_nan=allow_nan or bool(given.get("allow_nan", False)),
         pretrained=Path(pretrained).absolute() if pretrained else _path(name, given, "pretrained", folder),
         library_path=_path(name, given, "library_path", folder),
+        samples=_sample_paths(name, given.get("samples"), folder, samples),
+        max_changed_predictions=_share(name, given.get("max_changed_predictions", MAX_CHANGED_PREDICTIONS)),
     )
 
 
@@ -135,6 +152,21 @@ def _check_members(name: str, members: Any) -> MemberSpecs:
     if not isinstance(members, list | dict) or not all(isinstance(item, str) for item in items):
         raise ArchiveError(f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}")
     return members
+
+
+def _sample_paths(name: str, in_block: Any, folder: Path, given: list[str] | None) -> tuple[Path, ...]:
+    if given is not None:
+        return tuple(Path(item).absolute() for item in given)
+    items = [in_block] if isinstance(in_block, str) else in_block or []
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ArchiveError(f"'{name}': samples: expected paths of files or folders, got {in_block!r}")
+    return tuple((folder / item).absolute() for item in items)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ArchiveError(f"'{name}': max_changed_predictions: expected a share from 0 to 1, got {value!r}")
+    return float(value)
 
 
 def _find_handler(name: str, given: str | None, in_block: str | None, folder: Path) -> Path:

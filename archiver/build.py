@@ -6,7 +6,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ from archiver.blocks import ArchiveRequest
 from archiver.compile import check_compiler, compile_archive
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.pack import pack_archive, settings_of, target_path
-from archiver.pretrained import check_num_labels, choose_pretrained, stage_pretrained
-from archiver.report import show_archive, show_survey, show_traced
+from archiver.precision import check_precision, judge_precision
+from archiver.pretrained import check_num_labels, check_tokenizer, choose_pretrained, stage_pretrained
+from archiver.report import show_archive, show_precision, show_survey, show_traced
 from archiver.resolve import Source, resolve_members
 from archiver.survey import Survey, survey_members
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
 from vmap_ensemble.architecture import TRANSFORMERS
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.pretrained import PRETRAINED_FOLDER
+from vmap_ensemble.settings import parse_settings
 
 Step = Callable[[str], None]
 
@@ -51,7 +52,9 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     if request.compile:
         check_compiler()  # before minutes of other work
     handler = load_handler(request.handler)
-    check_block(request.settings, handler, f"setup_config.json, block '{request.name}'")
+    where = f"setup_config.json, block '{request.name}'"
+    check_block(request.settings, handler, where)
+    check_precision(request, parse_settings(request.settings, handler.settings_class, where))
     with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
         return _build(request, handler, Path(scratch), target, console)
 
@@ -61,7 +64,8 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
     pretrained = choose_pretrained(sources, request.pretrained)
     if pretrained is not None:
         root = stage_pretrained(pretrained, scratch / "root")
-        check_num_labels(request.settings.get("num_labels"), root)
+        check_num_labels(request.settings, root)
+        check_tokenizer(pretrained.name, root)
         request = dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
     survey: Survey | TracedMembers
     if is_traced(request.settings):
@@ -73,15 +77,19 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
         survey = _survey(request, sources, console)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
-    with _progress(console, f"pack {request.name}", len(sources) + 2 + 2 * request.compile) as step:
-        finish = partial(compile_archive, request, step=step) if request.compile else _nothing_more
-        manifest = pack_archive(request, survey, target, step, finish)
+    more = (3 if request.samples else 0) + (2 if request.compile else 0)
+    with _progress(console, f"pack {request.name}", len(sources) + 2 + more) as step:
+
+        def complete(stage: Path) -> None:
+            found = judge_precision(handler, request, stage, step)
+            if found or request.samples:
+                show_precision(console, found)
+            if request.compile:
+                compile_archive(handler, request, stage, step)
+
+        manifest = pack_archive(request, survey, target, step, complete)
     show_archive(console, target, manifest)
     return target
-
-
-def _nothing_more(stage: Path) -> None:
-    """Most archives are complete once their members are staged."""
 
 
 def _with_architecture(request: ArchiveRequest, handler: type[Any]) -> ArchiveRequest:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # What initialize() measures itself (VmapEnsembleHandler.phases_s) -> what a person calls it.
-LOAD_PHASES = ("settings", "build", "stack", "prepare", "equivalence", "first_forward")
+LOAD_PHASES = ("settings", "build", "stack", "prepare", "quantise", "equivalence", "first_forward")
 
 
 def main(folder: Path, name: str, metrics_file: str, request_file: str, pipe: Any) -> int:

@@ -24,6 +24,7 @@ from archiver.traced import TracedMembers, copy_traced
 from vmap_ensemble.ahead_of_time import COMPILED_FOLDER
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.members import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, Member, hash_file
+from vmap_ensemble.precision import PRECISION_FILE
 from vmap_ensemble.pretrained import PRETRAINED_FOLDER
 from vmap_ensemble.settings import SETTINGS_FILE
 
@@ -31,8 +32,8 @@ PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
 RESERVED_NAMES = (
-    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, COMPILED_FOLDER),
-    "MAR-INF",
+    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
+    *(COMPILED_FOLDER, "MAR-INF"),
 )
 ARCHIVER_TIMEOUT_S = 1800
 
@@ -62,7 +63,7 @@ def pack_archive(
     survey: Survey | TracedMembers,
     target: Path,
     step: Step,
-    finish: Callable[[Path], object],
+    complete: Callable[[Path], object] = lambda stage: None,
 ) -> Manifest:
     """Build the archive beside its target and move it there in one step.
 
@@ -71,7 +72,7 @@ def pack_archive(
         survey: The members, checked.
         target: The .mar to write; what was there stays until the new one is whole.
         step: Called with a line of what is done: once per member, once for shared, once for packing.
-        finish: Called with the staged root before it is packed; what it adds is packed, too.
+        complete: Called with the archive's root before it is packed, to run it and add to it.
 
     Raises:
         ArchiveError: Something can't be written, or torch-model-archiver fails. The old archive is untouched.
@@ -80,7 +81,7 @@ def pack_archive(
         stage = work / "stage"
         try:
             manifest = _stage(request, survey, stage, step)
-            finish(stage)
+            complete(stage)
             step("pack")
             built = _run_archiver(request, stage, work)
             _verify(built, stage)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from vmap_ensemble.checkpoints import State
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.pretrained import CONFIG_FILE, PRETRAINED_FOLDER, import_transformers, read_config
+from vmap_ensemble.pretrained import (
+    CONFIG_FILE,
+    LABELLED_MODES,
+    PRETRAINED_FOLDER,
+    import_transformers,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from archiver.resolve import Source
@@ -176,7 +182,7 @@ def _same_files(base: Path, folder: Path) -> bool:
 def _load_tokenizer(folder: Path, name: str) -> Any:
     try:
         return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # what its own code raises
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArchiveError(f"member '{name}': the tokenizer can't be loaded ({line})") from None
 
@@ -200,17 +206,36 @@ def stage_pretrained(base: Path, root: Path) -> Path:
     return root
 
 
-def check_num_labels(wanted: int | None, root: Path) -> None:
-    """Refuse a setting `num_labels` that isn't the members'.
+def check_num_labels(settings: Mapping[str, Any], root: Path) -> None:
+    """Refuse a `num_labels` of a classification that isn't the members'; settings as `check_block` passed them.
 
     Raises:
         ArchiveError: Both numbers.
     """
-    if wanted is None:
+    wanted = int(settings.get("num_labels") or 0)  # text where it comes from TorchServe's example
+    if not wanted or settings.get("mode", LABELLED_MODES[0]) not in LABELLED_MODES:
         return
     got = read_config(root / PRETRAINED_FOLDER, PRETRAINED_FOLDER).num_labels
     if wanted != got:
         raise ArchiveError(f"num_labels: the settings say {wanted}, the members' {CONFIG_FILE} has {got} labels")
+
+
+def check_tokenizer(base: str, root: Path) -> None:
+    """Refuse a tokenizer that a worker couldn't use: one that has no fast form gives no characters of its tokens.
+
+    Args:
+        base: The name of the directory that it comes from.
+        root: The staged root of the archive.
+
+    Raises:
+        ArchiveError: It can't be loaded, or is slow; names its class.
+    """
+    tokenizer = _load_tokenizer(root / PRETRAINED_FOLDER, base)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArchiveError(
+            f"'{base}': its tokenizer, {type(tokenizer).__name__}, has only a slow form written in Python, which "
+            "doesn't say which characters a token stands for; save a fast one (tokenizer.json) into the directory"
+        )
 
 
 def adapt_state(state: State, model: nn.Module, embedding: bool) -> tuple[State, list[str]]:

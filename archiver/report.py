@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from archiver.precision import describe
 from archiver.survey import Survey
 from archiver.traced import TracedMembers
 from vmap_ensemble.members import Manifest, hash_file
+from vmap_ensemble.precision import Precision
 from vmap_ensemble.runtime import DTYPES
 
 SHORT = 12
@@ -56,6 +58,12 @@ def _show_sources(console: Console, name: str, survey: Survey | TracedMembers) -
 def _few(keys: Sequence[str], shown: int = 6) -> str:
     more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
     return ", ".join(keys[:shown]) + more
+
+
+def show_precision(console: Console, found: Precision | None) -> None:
+    """After the samples were run: what the precision costs."""
+    line = describe(found) if found else "samples: not used, float32 members are served as they are"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_archive(console: Console, path: Path, manifest: Manifest) -> None:

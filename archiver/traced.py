@@ -38,7 +38,10 @@ class TracedMembers:
 
 def is_traced(settings: Mapping[str, Any]) -> bool:
     """Whether a block says that its members are TorchScript files."""
-    return settings.get("save_mode") == "torchscript" or settings.get("FasterTransformer") is True
+    flag = str(
+        settings.get("FasterTransformer", "")
+    ).lower()  # settings may be text, as TorchServe's example has them
+    return settings.get("save_mode") == "torchscript" or flag == "true"
 
 
 def trace_directories(request: ArchiveRequest, sources: Sequence[Source], folder: Path) -> list[Source]:

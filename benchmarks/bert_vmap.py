@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.measure import Timing, describe_machine, measure_interleaved, print_timings, write_json
+from benchmarks.measure import Timing, describe_machine, make_session, measure_interleaved, print_timings, write_json
 from benchmarks.vmap_comparison import perturb
 from vmap_ensemble.batching_rules import FastRules
-from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward
+from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward, build_encoder_forward, linear_weights
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.members import StackedMembers, stack_members
+from vmap_ensemble.runtime import keep_freed_memory
 
 TOLERANCE = 1e-5
 SENTENCES = ("a cat sits on the mat", "a kitten lies on the rug", "the central bank raised its rates")
@@ -93,16 +94,18 @@ def build_rivals(
     def loop(inputs: Inputs) -> Tensor:
         return torch.stack([module(*inputs).last_hidden_state for module in modules])
 
-    rules = FastRules(members.stacked)
+    rules = FastRules(linear_weights(modules[0], members))
     stock = EncoderForward(skeleton(), members, nullcontext)
     ruled = EncoderForward(skeleton(), members, lambda: rules)
     ours = PackedEncoderForward(skeleton(), members, lambda: rules)
+    prepared = ours.prepared((torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)))
     rivals = [
         Rival("loop, padded to max_length", loop, full_width=True),
         Rival("loop, padded to longest", loop),
         Rival("stock vmap", lambda inputs: stock(*inputs).last_hidden_state),
         Rival("vmap, our rules", lambda inputs: ruled(*inputs).last_hidden_state),
         Rival("vmap, our rules, packed", lambda inputs: ours(*inputs).last_hidden_state),
+        Rival("prepared: a graph for one text", lambda inputs: prepared(*inputs).last_hidden_state),
     ]
     if "onnxruntime" not in options.skip:
         rivals.append(Rival("ONNX Runtime", export_to_onnx(modules, options.threads)))
@@ -113,11 +116,6 @@ def build_rivals(
 
 def export_to_onnx(modules: list[PreTrainedModel], threads: int) -> Run:
     """One ONNX Runtime session a member, with all its optimisations."""
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     example = (torch.ones(2, 16, dtype=torch.long), torch.ones(2, 16, dtype=torch.long))
     batch, width = torch.export.Dim("batch", min=1, max=512), torch.export.Dim("width", min=1, max=512)
     sessions = []
@@ -128,8 +126,7 @@ def export_to_onnx(modules: list[PreTrainedModel], threads: int) -> Run:
         )  # fmt: skip
         if program is None:
             raise EnsembleError("ONNX Runtime: the exporter returned no program")
-        model = program.model_proto.SerializeToString()
-        sessions.append(onnxruntime.InferenceSession(model, settings, ["CPUExecutionProvider"]))
+        sessions.append(make_session(program.model_proto.SerializeToString(), threads))
 
     def run(inputs: Inputs) -> Tensor:
         names = [entry.name for entry in sessions[0].get_inputs()]
@@ -150,6 +147,38 @@ def compile_loop(modules: list[PreTrainedModel]) -> Run:
 
     compiled = torch.compile(loop)
     return lambda inputs: compiled(*inputs)
+
+
+def compare_trunk(folder: Path, padded: Inputs, options: argparse.Namespace) -> dict[str, Any]:
+    """Time heads on one frozen trunk, ours, against one of these models and all of them, one after another."""
+    width = int(padded[1].sum(1).max())
+    inputs = (padded[0][:, :width].contiguous(), padded[1][:, :width].contiguous())
+    config = AutoConfig.from_pretrained(folder)
+    first = AutoModelForSequenceClassification.from_config(config).eval()
+    first.base_model.load_state_dict(AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict())
+    states = {}
+    for seed in range(options.heads):
+        torch.manual_seed(seed)
+        head = torch.nn.functional.normalize(torch.randn_like(first.classifier.weight))
+        states[f"head{seed}"] = {**first.state_dict(), "classifier.weight": head}
+    members = stack_members(states)
+    forward = build_encoder_forward(AutoModelForSequenceClassification.from_config(config).eval(), members)
+    prepared = forward.prepared(inputs)
+    if prepared is None:
+        raise EnsembleError(f"{folder}: a single text of this architecture can't be prepared")
+    calls: dict[str, Callable[[], Tensor]] = {
+        "one model": lambda: forward.member(0, *inputs).logits,
+        f"{options.heads} models, one after another": lambda: forward.loop(*inputs).logits,
+        f"{options.heads} heads on one trunk, ours": lambda: prepared(*inputs).logits,
+    }
+    loop, ours = list(calls.values())[1:]
+    difference = (loop() - ours()).abs().max().item()
+    timings = measure_interleaved(calls, torch.device("cpu"), options.warmup, options.iterations, options.block)
+    print(f"\n{options.heads} heads on one trunk, {int(padded[1].sum())} tokens in {len(padded[1])} texts: "
+          f"largest difference to the loop {difference:.1e}")  # fmt: skip
+    print_timings(timings)
+    differences = {timing.name: difference for timing in timings}
+    return {"heads": options.heads, "texts": len(padded[1]), "rows": _rows(timings, differences)}
 
 
 def make_batches(folder: Path, max_length: int) -> dict[str, Inputs]:
@@ -222,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--iterations", type=int, default=50, help="calls that are counted")
     add("--block", type=int, default=2, help="calls of one rival in a row")
     add("--batches", nargs="+", default=["ragged", "single", "full"], choices=["ragged", "single", "full"])
+    add("--heads", type=int, default=16, help="heads on one trunk in the last table; 0 for none")
     add("--skip", nargs="*", default=[], choices=["onnxruntime", "compile"], help="peers to leave out")
     add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
     return parser
@@ -238,9 +268,12 @@ def run_ladder(options: argparse.Namespace) -> int:
     sanity = check_sanity(folder, rivals[4].run)
     batches = make_batches(folder, options.max_length)
     tables = [compare_on(name, batches[name], rivals, options) for name in options.batches]
+    trunk = [compare_trunk(folder, batches[name], options) for name in options.batches if options.heads]
     if options.json:
-        write_json(options.json, machine, [], members=options.num_models, sanity=sanity, batches=tables)
-    equal = all(row["equal"] for table in tables for row in table["rows"] if row["rival"].startswith("vmap"))
+        write_json(options.json, machine, [], members=options.num_models, sanity=sanity, batches=tables, trunk=trunk)
+    ours = ("vmap", "prepared", f"{options.heads} heads")
+    rows = [row for table in (*tables, *trunk) for row in table["rows"]]
+    equal = all(row["equal"] for row in rows if row["rival"].startswith(ours))
     if not equal:
         print("error: the vmapped ensemble differs from its members beyond the tolerance", file=sys.stderr)
     return 0 if equal else 1
@@ -251,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
     try:
         return run_ladder(options)
     except EnsembleError as error:

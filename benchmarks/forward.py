@@ -1,208 +1,127 @@
-"""A network, members and a batch -> the times of every way to run the ensemble on this machine, side by side.
+"""Networks, members and batches -> the times of every way to run the ensemble on this machine, side by side.
 
-    python -m benchmarks.forward --model resnet18 --members 4 --batch 1 --json forward.json
+    python -m benchmarks.forward --model resnet18 --members 4 --batch 1 8 --json forward.json
 
-Every row has the largest difference to the plain loop, relative to the loop's largest output. Members have random
-weights and batch statistics of their own. A rival that isn't installed, or fails, is a row with the reason.
+Every row has the largest difference to the plain loop, relative to the loop's largest output, and its distance to
+the roofline: the least time that the arithmetic and the weights need at ceilings measured in the same run. A rival
+that isn't installed, or fails, is a row with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import itertools
 import math
+import sys
 import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import describe_machine, measure_interleaved, print_timings, write_json
-from vmap_ensemble.convolution import prepare
-from vmap_ensemble.execution import ExecutionOptions, build_execution
-from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.members import StackedMembers
-from vmap_ensemble.mnist_net import MnistNet
+from benchmarks.forward_rivals import RIVALS, Call, Rivals
+from benchmarks.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
+from benchmarks.networks import NETWORKS, Args, Network, build_members, parameter_bytes
+from benchmarks.roofline import add_roofline, count_work, measure_ceilings
+from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.proof import TOLERANCE
 
-SHAPES = {"mnist": (1, 28, 28), "resnet18": (3, 224, 224), "resnet50": (3, 224, 224)}
-Call = Callable[[], Any]
-
-
-def build_network(name: str) -> nn.Module:
-    """The architecture in eval mode, with random weights."""
-    if name == "mnist":
-        return MnistNet().eval()
-    from torchvision import models
-
-    return getattr(models, name)(weights=None).eval()
+# Of all members' weights: modules, stack, and what compilers and preparations keep.
+COPIES = 4
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build_members(name: str, count: int) -> list[nn.Module]:
-    """Networks that differ in weights and in batch statistics, as trained ones do."""
-    networks = [build_network(name) for _ in range(count)]
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    return networks
+@dataclass(frozen=True)
+class Cell:
+    """What is run: a network, M members, B examples, where and in which floating point type."""
+
+    network: Network
+    members: int
+    batch: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def build(self) -> tuple[list[nn.Module], Args]:
+        """The members and one batch, in place.
+
+        Raises:
+            EnsembleError: the memory at hand is too little; on a CPU, where the system would end the process.
+        """
+        needed = COPIES * self.members * parameter_bytes(self.network.build())
+        available = psutil.virtual_memory().available
+        if self.device.type == "cpu" and needed > available:
+            raise EnsembleError(f"needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} are free")
+        networks = [network.to(self.device, self.dtype) for network in build_members(self.network, self.members)]
+        torch.manual_seed(self.members)
+        return networks, tuple(self._place(arg) for arg in self.network.make_args(self.batch))
+
+    def _place(self, arg: Tensor) -> Tensor:
+        return arg.to(self.device, self.dtype if arg.is_floating_point() else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The cell's description."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {
+            "network": self.network.title, "members": self.members, "batch": self.batch,
+            "device": self.device.type, "dtype": names[self.dtype],
+        }  # fmt: skip
 
 
-def stack_networks(networks: list[nn.Module]) -> StackedMembers:
-    """The networks' state dicts as the ensemble holds them."""
-    states = [network.state_dict() for network in networks]
-    stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-    return StackedMembers(names=tuple(f"m{index}" for index in range(len(networks))), stacked=stacked, shared={})
-
-
-class _All(nn.Module):
-    """The unrolled loop as one module, for compilers and exporters."""
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([network(x) for network in self.networks])
-
-
-class Rivals:
-    """The ways to run one ensemble on one batch; each method builds a call without arguments."""
-
-    def __init__(self, model: str, networks: list[nn.Module], x: Tensor, folder: Path) -> None:
-        self.model, self.networks, self.x, self.folder = model, networks, x, folder
-        self.members = stack_networks(networks)
-
-    def loop(self) -> Call:
-        return lambda: torch.stack([network(self.x) for network in self.networks])
-
-    def loop_compiled(self) -> Call:
-        """Frozen: weights become constants, which Inductor folds and prepacks."""
-        import torch._inductor.config as inductor
-
-        inductor.freezing = True
-        compiled = torch.compile(_All(copy.deepcopy(self.networks)).eval())
-        return lambda: compiled(self.x)
-
-    def onnxruntime_per_member(self) -> Call:
-        sessions = [self._session(network, f"member{i}") for i, network in enumerate(self.networks)]
-        feed = {"x": self.x.numpy()}
-        return lambda: torch.stack([torch.from_numpy(session.run(None, feed)[0]) for session in sessions])
-
-    def onnxruntime_one_graph(self) -> Call:
-        session = self._session(_All(self.networks).eval(), "all")
-        feed = {"x": self.x.numpy()}
-        return lambda: torch.from_numpy(session.run(None, feed)[0])
-
-    def _session(self, network: nn.Module, name: str) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        return onnxruntime.InferenceSession(self._export(network, name), options, providers=["CPUExecutionProvider"])
-
-    def _export(self, network: nn.Module, name: str) -> str:
-        path = self.folder / f"{name}.onnx"
-        if not path.exists():
-            with warnings.catch_warnings():  # of the exporter's own making, thousands of lines
-                warnings.simplefilter("ignore")
-                torch.onnx.export(network, (self.x,), str(path), input_names=["x"], dynamo=True, verbose=False)
-        return str(path)
-
-    def openvino(self) -> Call:
-        import openvino
-
-        core = openvino.Core()
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Without it bfloat16 is used where the CPU has it, which isn't the same work.
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        request = core.compile_model(
-            self._export(_All(self.networks).eval(), "all"), "CPU", settings
-        ).create_infer_request()
-        feed = self.x.numpy()
-        return lambda: torch.from_numpy(request.infer([feed])[0].copy())
-
-    def stock_vmap(self) -> Call:
-        forward = EnsembleForward(build_network(self.model), self.members)
-        return lambda: forward(self.x)
-
-    def stock_vmap_compiled(self) -> Call:
-        forward = EnsembleForward(build_network(self.model), self.members)
-        compiled = torch.compile(lambda x: forward(x))
-        return lambda: compiled(self.x)
-
-    def ours_folded(self) -> Call:
-        forward = prepare(build_network(self.model), self.members, self.x, packed=False)
-        return lambda: forward(self.x)
-
-    def ours_prepared(self) -> Call:
-        forward = prepare(build_network(self.model), self.members, self.x)
-        print(f"ours prepared: {forward.reason}")
-        return lambda: forward(self.x)
-
-    def ours_auto(self) -> Call:
-        forward = EnsembleForward(build_network(self.model), self.members)
-        execution = build_execution("auto", forward, [(self.x,)], ExecutionOptions())
-        print(f"ours auto: {execution.name}, {execution.reason}")
-        return lambda: execution(self.x)
-
-
-RIVALS = (
-    "loop",
-    "loop_compiled",
-    "onnxruntime_per_member",
-    "onnxruntime_one_graph",
-    "openvino",
-    "stock_vmap",
-    "stock_vmap_compiled",
-    "ours_folded",
-    "ours_prepared",
-    "ours_auto",
-)
-
-
-def compare_rivals(model: str, count: int, x: Tensor, names: list[str], seconds: float) -> dict[str, Any]:
+def compare_rivals(cell: Cell, names: Sequence[str], seconds: float) -> dict[str, Any]:
     """Build each rival, compare it with the loop, and time them in turns.
 
     Args:
-        model: One of `SHAPES`.
-        count: M.
-        x: (B, ...) batch on the CPU.
+        cell: What is run.
         names: Which of `RIVALS`; the loop is always among them, and first.
         seconds: About how long measuring takes, without building.
 
     Returns:
-        "timings": one Timing a rival; "differences": name -> largest relative difference to the loop;
-        "left_out": name -> why a rival isn't there.
+        The cell's description, "work", and "rows", one per rival, those left out too; or the description and
+        "left_out", why nothing was run.
     """
-    networks = build_members(model, count)
-    left_out: dict[str, str] = {}
-    calls: dict[str, Call] = {}
-    differences: dict[str, float] = {}
+    try:
+        networks, args = cell.build()
+    except (EnsembleError, torch.OutOfMemoryError) as error:
+        return {**cell.to_json(), "left_out": str(error).splitlines()[0], "rows": []}
+    work = count_work(networks[0], args, cell.members)
     with tempfile.TemporaryDirectory() as folder:
-        rivals = Rivals(model, networks, x, Path(folder))
-        want = rivals.loop()()
-        for name in ["loop", *(name for name in names if name != "loop")]:
-            try:
-                call = getattr(rivals, name)()
-                got = call()
-            except Exception as error:
-                left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                print(f"{name} is left out: {left_out[name]}")
-                continue
-            differences[name] = float((got - want).abs().max() / want.abs().max())
-            calls[name] = call
-        timings = _measure(calls, x.device, seconds)
-    return {"timings": timings, "differences": differences, "left_out": left_out}
+        rivals = Rivals(cell.network, networks, args, Path(folder))
+        calls, differences, left_out = build_calls(rivals, names)
+        timings = _measure(calls, cell.device, seconds)
+    rows = make_rows(timings, differences, TOLERANCE[cell.dtype], rivals.notes)
+    rows += [{"rival": name, "left_out": reason} for name, reason in left_out.items()]
+    return {**cell.to_json(), "work": asdict(work), "rows": rows}
 
 
-def _measure(calls: dict[str, Call], device: torch.device, seconds: float) -> Any:
+def build_calls(rivals: Rivals, names: Sequence[str]) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+    """Build the loop and the named rivals, and run each once.
+
+    Returns:
+        Name -> call; name -> largest difference to the loop relative to its largest output; name -> why it is
+        left out.
+    """
+    calls: dict[str, Call] = {"loop": rivals.loop()}
+    want = calls["loop"]()
+    differences, left_out = {"loop": 0.0}, {}
+    for name in names:
+        if name == "loop":
+            continue
+        try:
+            call = getattr(rivals, name)()
+            got = call()
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            continue
+        differences[name] = float((got - want).abs().max() / want.abs().max())
+        calls[name] = call
+    return calls, differences, left_out
+
+
+def _measure(calls: dict[str, Call], device: torch.device, seconds: float) -> list[Timing]:
     """Blocks of 4 calls in turns: warm caches as in a server, and short enough to meet the same noise."""
     block = 4
     trial = measure_interleaved(calls, device, warmup=2, iterations=2, block=2)
@@ -211,41 +130,110 @@ def _measure(calls: dict[str, Call], device: torch.device, seconds: float) -> An
     return measure_interleaved(calls, device, warmup=block, iterations=rounds * block, block=block)
 
 
+def make_rows(
+    timings: list[Timing], differences: dict[str, float], tolerance: float, notes: dict[str, str]
+) -> list[dict[str, Any]]:
+    """One row per timing: ratio to the first, difference to the loop."""
+    rows = []
+    for timing in timings:
+        figures = asdict(timing)
+        name = figures.pop("name")
+        difference = differences[name]
+        row = {
+            "rival": name, **figures, "ratio": timings[0].median_ms / timing.median_ms,
+            "largest_relative_difference": difference,
+            "equal": difference <= tolerance,  # False for nan
+        }  # fmt: skip
+        rows.append({**row, "note": notes[name]} if name in notes else row)
+    return rows
+
+
+def print_cell(cell: dict[str, Any]) -> None:
+    """Print one network, count and batch."""
+    if "left_out" in cell:
+        print(f"\n{cell['network']}, {cell['members']} members, batch {cell['batch']}: {cell['left_out']}")
+        return
+    work = cell["work"]
+    print(
+        f"\n{cell['network']}, {cell['members']} members, batch {cell['batch']}: {work['flops'] / 1e9:.2f} GFLOP, "
+        f"{work['bytes'] / 2**20:.0f} MiB, at least {work['bound_ms']:.2f} ms ({work['limited_by']})"
+    )
+    print(f"{'':23}{'median':>12}{'p10':>12}{'p90':>12}{'loop = 1':>10}{'roofline = 1':>14}  difference")
+    for row in cell["rows"]:
+        if "left_out" in row:
+            print(f"{row['rival']:23}  left out: {row['left_out'][:90]}")
+            continue
+        times = "".join(f"{row[key]:9.3f} ms" for key in ("median_ms", "p10_ms", "p90_ms"))
+        print(
+            f"{row['rival']:23}{times}{row['ratio']:9.2f}x{row['times_roofline']:13.2f}x  "
+            f"{row['largest_relative_difference']:.1e}{'' if row['equal'] else '  DIFFERS'}  {row.get('note', '')}"
+        )
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="resnet18")
-    parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, help="torch threads, and those of the other runtimes")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long to measure")
-    parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS), help="rivals beside the loop")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.forward", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=sorted(NETWORKS), default=["resnet18"], help="networks, with random weights")
+    add("--members", type=int, nargs="+", default=[4], help="sizes of the ensemble, such as 2 4 8 16 32")
+    add("--batch", type=int, nargs="+", default=[1], help="batch sizes, such as 1 8 32")
+    add("--device", default="cpu", help="where to run, such as cuda")
+    add("--dtype", default="fp32", choices=sorted(DTYPES), help="of members and inputs")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the other runtimes")
+    add("--seconds", type=float, default=30.0, help="about how long to measure each cell")
+    add("--only", nargs="+", choices=RIVALS, default=list(RIVALS), help="rivals beside the loop")
+    add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Compare, print, and write JSON if asked."""
+def main(arguments: list[str] | None = None) -> int:
+    """Compare and print; 1 where a rival's numbers differ from the loop's."""
     options = parse_arguments(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    x = torch.randn(options.batch, *SHAPES[options.model])
-    with torch.no_grad():
-        found = compare_rivals(options.model, options.members, x, options.only, options.seconds)
-    machine = describe_machine(x.device)
-    print(
-        f"\n{options.model}, {options.members} members, batch {options.batch}; {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}"
-    )
-    print_timings(found["timings"])
-    for name, difference in found["differences"].items():
-        print(f"{name}: largest difference to the loop {difference:.1e} of its largest output")
+    torch.set_num_threads(options.threads)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    machine = {
+        **describe_machine(device),
+        **describe_versions("torchvision", "onnxruntime", "openvino", "transformers"),
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    made = [
+        Cell(NETWORKS[name], count, batch, device, dtype)
+        for name, count, batch in itertools.product(options.model, options.members, options.batch)
+    ]
+    cells = measure_cells(made, options.only, options.seconds)
     if options.json:
-        facts = {key: value for key, value in found.items() if key != "timings"}
-        setting = {"model": options.model, "members": options.members, "batch": options.batch}
-        write_json(options.json, machine, found["timings"], **setting, **facts)
+        write_json(options.json, machine, [], table="forward", cells=cells)
+    return report_differences(cells)
+
+
+def measure_cells(made: Sequence[Cell], names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """Compare, print and return every cell; the ceilings are the best of what was measured before and between."""
+    place = made[0].device, made[0].dtype
+    ceilings = measure_ceilings(*place)
+    cells = []
+    for cell in made:
+        torch.compiler.reset()
+        with torch.inference_mode():
+            cells.append(compare_rivals(cell, names, seconds))
+        ceilings = ceilings.best(measure_ceilings(*place))
+        add_roofline(cells[-1], ceilings)
+        print_cell(cells[-1])
+    for found in cells:
+        add_roofline(found, ceilings)
+    print(f"\nceilings: {ceilings.bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s")
+    return cells
+
+
+def report_differences(cells: list[dict[str, Any]]) -> int:
+    """Print every rival whose numbers are not the loop's; the exit code."""
+    different = [(cell, row) for cell in cells for row in cell["rows"] if not row.get("equal", True)]
+    for cell, row in different:
+        where = f"{cell['network']}, {cell['members']} members, batch {cell['batch']}"
+        print(f"error: {where}: {row['rival']} differs by {row['largest_relative_difference']:.1e}", file=sys.stderr)
+    return 1 if different else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import describe_machine, measure_interleaved
+from benchmarks.measure import describe_machine, make_session, measure_interleaved
 from fastertransformer.build import ensure_library
 from fastertransformer.trace import DTYPES, trace_checkpoint
 from vmap_ensemble.ft_library import load_ft_library, load_traced
+from vmap_ensemble.runtime import keep_freed_memory
 
 FULL = 128  # the length that a server pads to when it doesn't look at the batch
 CELLS: dict[str, list[int]] = {
@@ -77,7 +78,6 @@ def make_batch(lengths: list[int], pad_to: int, vocabulary: int, device: str) ->
 
 def export_onnx(model: Any, file: Path) -> Any:
     """Return an ONNX Runtime session of the model with dynamic batch and length."""
-    import onnxruntime
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -93,9 +93,7 @@ def export_onnx(model: Any, file: Path) -> Any:
         Logits(), (ids, mask), str(file), dynamo=True, verbose=False, external_data=False,
         input_names=["input_ids", "attention_mask"], dynamic_shapes={"input_ids": axes, "attention_mask": axes},
     )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return make_session(str(file), torch.get_num_threads())
 
 
 def list_rivals(model: Any, traced: Any, session: Any, lengths: list[int], device: str) -> dict[str, Rival]:
@@ -190,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print; with --check, 1 if a target is missed."""
     options = parse_options(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
     load_ft_library(ensure_library())
     rows = measure_cells(options)
     print_rows(rows)

@@ -19,6 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.measure import describe_machine, write_json
+
 CHILD = """
 import json, sys, time
 start = time.perf_counter()
@@ -62,7 +66,6 @@ print(json.dumps({
 
 def build_folder(folder: Path, architecture: str, count: int, **options: int) -> Path:
     """Write an unpacked archive of `count` members that differ in every weight."""
-    import torch
     from safetensors.torch import save_file
     from torchvision.models import get_model
 
@@ -165,8 +168,9 @@ def main() -> int:
         if arguments.served:
             figures["served"] = measure_served(folder, work, runs, batch)
     if arguments.json:
-        row = {"architecture": arguments.architecture, "members": arguments.members, "batch": batch, **figures}
-        arguments.json.write_text(json.dumps(row, indent=2) + "\n")
+        machine = describe_machine(torch.device("cpu"))
+        facts = {"architecture": arguments.architecture, "members": arguments.members, "batch": batch, **figures}
+        write_json(arguments.json, machine, [], table="loading", **facts)
     return 0 if figures["holds"] else 1
 
 

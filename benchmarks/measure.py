@@ -8,11 +8,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+# Threads of the rival before (OpenMP's, ONNX Runtime's) spin for a while after its last call, on cores that the
+# next one needs.
+SETTLE_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,17 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         machine["cuda"] = torch.version.cuda
         machine["cudnn_allow_tf32"] = torch.backends.cudnn.allow_tf32
     return machine
+
+
+def describe_versions(*packages: str) -> dict[str, str]:
+    """Package -> its version, or "not installed"."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def _count_cores() -> int:
@@ -108,6 +124,7 @@ def measure_interleaved(
         with tqdm(total=count * len(rivals), desc=phase, unit="call", mininterval=0.5) as bar:
             for start in range(0, count, block):
                 for name in _rotate(list(rivals), start // block):
+                    time.sleep(SETTLE_S)
                     calls = min(block, count - start)
                     spans = [_time_call(rivals[name], device) for _ in range(calls)]
                     if phase == "measure":
@@ -148,6 +165,23 @@ def print_timings(timings: list[Timing]) -> None:
     for t in timings:
         cells = "  ".join(f"{value:6.3f} ms" for value in (t.mean_ms, t.median_ms, t.p10_ms, t.p90_ms))
         print(f"{t.name:{width}}  {cells}   {timings[0].median_ms / t.median_ms:.2f}x")
+
+
+def make_session(model: bytes | str, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU with all optimisations, whose threads stop spinning at the end of a run.
+
+    Args:
+        model: A serialised ONNX model, or the path of one.
+        threads: To compute with, as many as its rivals have.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Within a run they spin, which is ORT's fastest; after it they would take the next rival's cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def write_json(path: Path, machine: dict[str, Any], timings: list[Timing], **facts: Any) -> None:

@@ -18,6 +18,7 @@ from benchmarks.measure import describe_machine, measure_interleaved, print_timi
 from vmap_ensemble.errors import EnsembleError, MemberError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.members import read_state_dict, stack_members
+from vmap_ensemble.runtime import keep_freed_memory
 
 # Relative to the largest output. Sums in float32 in another order differ by a few units in the last place
 # per layer; 1e-5 is what the project promises, and a wrong weight or statistic is far beyond it.
@@ -248,6 +249,7 @@ def run_comparison(subject: Subject, options: argparse.Namespace) -> int:
         check_options(options)
         if options.threads:
             torch.set_num_threads(options.threads)
+        keep_freed_memory()  # as a worker does
         return compare(subject, options)
     except EnsembleError as error:
         print(f"error: {error}", file=sys.stderr)

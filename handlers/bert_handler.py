@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from vmap_ensemble.errors import RequestError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.members import StackedMembers
+from vmap_ensemble.requests import Options, Request, wrap_answers
 from vmap_ensemble.text_handler import TextEnsembleHandler
+from vmap_ensemble.text_mode import Target, TextExample
+
+if TYPE_CHECKING:
+    from vmap_ensemble.explanations import Explainer
 
 
 class BertEnsembleHandler(TextEnsembleHandler):
@@ -24,4 +31,40 @@ class BertEnsembleHandler(TextEnsembleHandler):
         """One vmapped forward that computes no padding, where the architecture permits."""
         from vmap_ensemble.encoder import build_encoder_forward  # here: it imports transformers
 
-        return build_encoder_forward(model, members)
+        forward = build_encoder_forward(model, members)
+        if self.settings.captum_explanation and self.settings.embedding_name and self.mode.explains:
+            self._make_explainer(forward)  # a wrong name is found here and not at the first explanation
+        return forward
+
+    def _make_explainer(self, forward: Any) -> Explainer:
+        from vmap_ensemble.explanations import make_explainer  # here: it imports transformers
+
+        return make_explainer(self.mode, forward, self.argument_names, self.pads["input_ids"])
+
+    def explain_request(self, request: Request) -> Any:
+        """What each word adds to the answer to each item.
+
+        Raises:
+            RequestError: 501 where explanations are off or the mode has none, 413 for too many; as for predictions.
+        """
+        if not self.settings.captum_explanation:
+            raise RequestError(501, "explanations are switched off (captum_explanation is false)")
+        request, examples = self.read_examples(request)
+        limit = self.settings.max_explanations
+        targets = []
+        for example in examples:
+            targets.append(self._targets(example, request.options))
+            asked = max(len(examples), sum(map(len, targets)))
+            if asked > limit:
+                raise RequestError(413, f"at least {asked} explanations; at most {limit} per request: set 'target'")
+        explain = self._make_explainer(self.forward)
+        weights = self.weights_of([request.options])[:, 0]
+        bodies = [
+            explain(example, own, weights, request.options) for example, own in zip(examples, targets, strict=True)
+        ]
+        return wrap_answers(request, bodies, self.settings.name)
+
+    @torch.inference_mode()
+    def _targets(self, example: TextExample, options: Options) -> list[Target]:
+        outputs = self.run(*self.collate([example]))
+        return self.mode.targets(outputs, self.weights_of([options]), options, example)

@@ -57,6 +57,8 @@ DEMOS = {
     "mnist_ens": Demo(("training.mnist", "--save-model", "--num-models", "5"), ("data/digits/*.png",)),
     "resnet_ens": Demo(("training.demo_resnet",), ("data/images/*.jpg",)),
     "bert_ens": Demo(("training.bert",), ("data/texts/*.txt",), ("bert", "demo")),
+    "ft_bert_seqcls": Demo(("training.bert",), ("data/texts/*.txt",), ("bert", "demo")),
+    "ft_bert_qa": Demo(("training.question_answering",), ("data/texts/*.json",), ("bert", "demo")),
 }
 
 
@@ -103,13 +105,15 @@ def ensure_requirements(name: str) -> None:
 def ensure_members(name: str, block: dict[str, Any]) -> None:
     """Runs the demonstration's training when a member's file is missing."""
     missing = [pattern for pattern in member_patterns(block) if not find_files(pattern)]
-    # Left behind by a run that was stopped: some members are there, but not all.
-    unfinished = ROOT / ".run" / f"unfinished-{name}"
-    if not missing and not unfinished.exists():
-        return
     demo = DEMOS.get(name)
     if demo is None:
-        raise ServerError(f"members of {name} are missing: {', '.join(missing)} (see setup_config.json)")
+        if missing:
+            raise ServerError(f"members of {name} are missing: {', '.join(missing)} (see setup_config.json)")
+        return
+    # Left behind by a run that was stopped: some members are there, but not all. Archives may share members.
+    unfinished = ROOT / ".run" / f"unfinished-{demo.command[0]}"
+    if not missing and not unfinished.exists():
+        return
     reason = f"No members at {', '.join(missing)}" if missing else "An earlier run was stopped before its end"
     print(f"{reason}: making members with python -m {' '.join(demo.command)}", flush=True)
     unfinished.parent.mkdir(exist_ok=True)
@@ -129,6 +133,8 @@ def archive_inputs(name: str, block: dict[str, Any]) -> list[Path]:
     """Every file whose change makes the archive out of date."""
     inputs = [ROOT / "setup_config.json", ROOT / "config" / f"{name}.yaml"]
     inputs += list((ROOT / "handlers").rglob("*.py"))
+    if block.get("FasterTransformer"):
+        inputs += [*(ROOT / "fastertransformer").glob("*.py"), *(ROOT / "fastertransformer" / "csrc").iterdir()]
     for pattern in member_patterns(block):
         inputs += find_files(pattern)
     return [file for file in inputs if file.is_file()]

@@ -35,6 +35,8 @@ A block of `setup_config.json` says what one archive serves. `./archive.sh` read
 | `extra_files` | further files for the archive's root |
 | `version` | the archive's version, `1.0` by default |
 | `allow_nan` | pack members although weights are NaN or infinite |
+| `samples` | input files, or folders: int8 is calibrated on them; fp16, bf16 and int8 are judged on them |
+| `max_changed_predictions` | share of the samples whose prediction may differ from float32's, `0.01` by default |
 
 All other keys go into the archive, where the handler checks them: an unknown one is refused with the nearest
 known name. Keys marked *worker* stand in the `handler:` section of the model-config yaml instead.

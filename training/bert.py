@@ -18,7 +18,7 @@ import csv
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,19 @@ def _split(rows: list[dict[str, str]], split: str, names: list[str]) -> Texts:
     return Texts([row["text"] for row in own], torch.tensor([names.index(row["label"]) for row in own]))
 
 
+def silence_transformers() -> None:
+    """Show no progress of loading, and no warning that a head is new, which is the point."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_model(folder: Path, names: list[str], seed: int) -> Any:
     """The encoder with a classification head whose first weights follow from the seed."""
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # it would warn that the head is new, which is the point
-    transformers_logging.disable_progress_bar()
+    silence_transformers()
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification.from_pretrained(
         folder,
@@ -167,26 +173,30 @@ def trained_parameters(model: Any, kind: str) -> list[nn.Parameter]:
 
 def fit(
     parameters: list[nn.Parameter],
-    logits_of: Callable[[Tensor], Tensor],
-    labels: Tensor,
-    kind: str,
+    loss_of: Callable[[Tensor], Tensor],
+    batches: Callable[[], Sequence[Tensor]],
+    count: int,
+    epochs: int,
+    learning_rate: float,
     report: Callable[[int], object],
 ) -> None:
     """Train some parameters in place.
 
     Args:
         parameters: What the optimiser may change.
-        logits_of: (B,) rows of the training split -> (B, C) logits.
-        labels: (N,) int64.
-        kind: head, last or all; decides epochs and learning rate.
+        loss_of: (B,) rows of the training split -> their mean loss.
+        batches: Gives the rows of each batch of one epoch, BATCH_SIZE each, in another order every time.
+        count: Rows of the training split.
+        epochs: Passes over the training split.
+        learning_rate: The highest; it rises for a tenth of the steps and falls from then on.
         report: Called after every epoch with 1.
     """
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATES[kind], weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS[kind] * -(-len(labels) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATES[kind], total_steps=steps, pct_start=0.1)
-    for _ in range(EPOCHS[kind]):
-        for rows in torch.randperm(len(labels)).split(BATCH_SIZE):
-            loss = F.cross_entropy(logits_of(rows), labels[rows])
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=WEIGHT_DECAY)
+    steps = epochs * -(-count // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    for _ in range(epochs):
+        for rows in batches():
+            loss = loss_of(rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,17 +209,28 @@ def train_member(
 ) -> Any:
     """Train one member in place; `features` (N, H) are the frozen encoder's, read by a head alone."""
     parameters = trained_parameters(model, kind)
+    unfreeze(model, parameters)
+    frozen = features.clone()  # inference_mode's tensors can't be saved for a backward pass; a clone can
+
+    def logits_of(rows: Tensor) -> Tensor:
+        return apply_head(model, frozen[rows]) if kind == "head" else model(**tokens.rows(rows)).logits
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(rows), labels[rows])
+
+    def batches() -> Sequence[Tensor]:
+        return torch.randperm(len(labels)).split(BATCH_SIZE)
+
+    fit(parameters, loss_of, batches, len(labels), EPOCHS[kind], LEARNING_RATES[kind], report)
+    return model.eval()
+
+
+def unfreeze(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Put a model into training mode in which these parameters alone may change."""
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     model.train()
-    if kind == "head":
-        # inference_mode's tensors can't be saved for a backward pass; a clone can.
-        frozen = features.clone()
-        fit(parameters, lambda rows: apply_head(model, frozen[rows]), labels, kind, report)
-    else:
-        fit(parameters, lambda rows: model(**tokens.rows(rows)).logits, labels, kind, report)
-    return model.eval()
 
 
 @torch.inference_mode()

@@ -96,6 +96,22 @@ def combine_classes(
     )
 
 
+def summands(logits: Tensor, method: Method, temperature: float) -> Tensor:
+    """What each member adds to the weighted sum that a method is made of.
+
+    Args:
+        logits: (..., C).
+        method: As for `combine_classes`. The sum is the prediction of mean_probability, its logarithm up to a
+            constant of mean_logit; votes have no gradient, so theirs is the mixture that breaks their ties.
+        temperature: Logits are divided by it.
+
+    Returns:
+        (..., C) float32: probabilities, or their logarithms for mean_logit.
+    """
+    scaled = logits.float() / temperature
+    return scaled.log_softmax(-1) if method == "mean_logit" else scaled.softmax(-1)
+
+
 def share_weights(weights: Tensor, finite: Tensor) -> Tensor:
     """Members' shares per example: (M, B) weights where finite, summing to 1; zeros where nobody is usable."""
     share = weights.float() * finite

@@ -38,9 +38,10 @@ from vmap_ensemble.images import check_shape, read_item
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
+from vmap_ensemble.precision import Precision, read_precision
 from vmap_ensemble.proof import Proof
 from vmap_ensemble.requests import Options, Request, as_batch, dump_json, error_body, read_request, wrap_answers
-from vmap_ensemble.runtime import configure_torch, quieten_worker, seconds_since_process_start
+from vmap_ensemble.runtime import DTYPES, configure_torch, quieten_worker, seconds_since_process_start
 from vmap_ensemble.settings import Settings, load_settings
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class VmapEnsembleHandler(BaseHandler):
         settings: The archive's settings.
         forward: The vmapped forward of the members.
         execution: How the forward is run, and why.
+        precision: What precision.json says of the archive, if there is one.
         proof: What the comparison with the members' own forwards showed at load.
         phases_s: Seconds spent in each phase of loading.
     """
@@ -75,6 +77,7 @@ class VmapEnsembleHandler(BaseHandler):
     forward: EnsembleForward
     proof: Proof
     execution: Execution
+    precision: Precision | None
 
     # --- what a handler of your own may override ---------------------------------------------------------
 
@@ -170,8 +173,9 @@ class VmapEnsembleHandler(BaseHandler):
             self.metrics = Metrics(context.metrics, context.model_name)
         with self._phase("read"):
             self.archive = read_manifest(self.folder)
+            self.precision = read_precision(self.folder)
         self.forward = self.load_forward()
-        self.member_weights = self._read_weights(self.forward.members)
+        self.member_weights = self.read_weights(self.forward.members)
         self.class_answers = ClassAnswers(
             self.settings, self.forward.members.names, read_labels(self.folder) or self.default_labels()
         )
@@ -179,6 +183,17 @@ class VmapEnsembleHandler(BaseHandler):
             self.choose_execution(config)
         self._take_proof()
         self.parsers = MemberThreads(self.threads if self.parses_in_threads else 1)
+
+    def open(self, folder: Path, settings: Settings) -> None:
+        """Make ready for `load_forward` and `collate` outside of a server, on the CPU.
+
+        Args:
+            folder: An unpacked archive.
+            settings: What to take for its settings; its own may ask for another precision.
+        """
+        self.folder, self.settings, self.phases_s = folder, settings, {}
+        self.device, self.dtype = torch.device("cpu"), DTYPES[settings.dtype]
+        self.precision = read_precision(folder)
 
     def load_forward(self) -> EnsembleForward:
         """Build the architecture, stack the members, and join both."""
@@ -237,8 +252,12 @@ class VmapEnsembleHandler(BaseHandler):
         for name in self.proof.not_finite:
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
 
-    def _read_weights(self, members: StackedMembers) -> Tensor:
-        """(M, 1) weights of the members."""
+    def read_weights(self, members: StackedMembers) -> Tensor:
+        """(M, 1) weights of the members, as the settings give them.
+
+        Raises:
+            SettingsError: They are for other members, or all 0.
+        """
         given = self.settings.weights
         if given is None:
             return torch.ones(len(members.names), 1, device=self.device)
@@ -278,7 +297,7 @@ class VmapEnsembleHandler(BaseHandler):
                 headers = context.get_all_request_header(index)
                 replies[index] = self._special_reply(row, headers)
                 if replies[index] is None:
-                    requests[index] = self._read_request(row, headers)
+                    requests[index] = self._check_request(read_request(row, headers))
         requests, examples, options = self._parse_requests(requests, replies)
         parsed_at = time.perf_counter()
         answers = iter(self._predict(examples, options) if examples else [])
@@ -301,15 +320,23 @@ class VmapEnsembleHandler(BaseHandler):
             return dump_json(self.explain_request(read_request(row, headers)))
         return None
 
-    def _read_request(self, row: dict[str, Any], headers: dict[str, Any]) -> Request:
-        request = read_request(row, headers)
+    def read_examples(self, request: Request) -> tuple[Request, list[Any]]:
+        """Check a request's options, and parse its items; lists are batches where the handler says so.
+
+        Raises:
+            RequestError: An item can't be read, or the subset names a member that isn't there.
+        """
+        request = self._check_request(request)
+        return request, [self.parse(item) for item in request.items]
+
+    def _check_request(self, request: Request) -> Request:
         if self.lists_are_batches:
             request = as_batch(request)
         unknown = sorted(set(request.options.subset or ()) - set(self.forward.members.names))
         if unknown:
             known = ", ".join(self.forward.members.names)
             raise RequestError(422, f"subset: unknown member '{unknown[0][:80]}'; known: {known}")
-        if request.options.subset is not None and not self._weights([request.options]).any():
+        if request.options.subset is not None and not self.weights_of([request.options]).any():
             raise RequestError(422, "subset: the settings give its members no weight")
         return request
 
@@ -344,7 +371,7 @@ class VmapEnsembleHandler(BaseHandler):
         except Exception as error:
             return error
 
-    def _weights(self, options: Sequence[Options]) -> Tensor:
+    def weights_of(self, options: Sequence[Options]) -> Tensor:
         """(M, B) weights: the settings', 0 for members outside an example's subset."""
         weights = self.member_weights.expand(-1, len(options))
         if all(option.subset is None for option in options):
@@ -373,7 +400,7 @@ class VmapEnsembleHandler(BaseHandler):
     @torch.inference_mode()
     def _forward_and_answer(self, examples: list[Any], options: list[Options]) -> list[Answer | RequestError]:
         outputs = self.run(*self.collate(examples))
-        answers = self.answers(outputs, self._weights(options), options, examples)
+        answers = self.answers(outputs, self.weights_of(options), options, examples)
         if len(answers) != len(examples):
             raise ValueError(f"answers: expected one for each of {len(examples)} examples, got {len(answers)}")
         return answers
@@ -396,6 +423,8 @@ class VmapEnsembleHandler(BaseHandler):
             yield
         except RequestError as error:
             replies[index] = error
+        except torch.OutOfMemoryError:
+            replies[index] = RequestError(507, "not enough memory for this input")
         except Exception as error:
             logger.error("request %d failed: %s", index, _where(error))
             replies[index] = RequestError(500, "this request could not be answered")
@@ -437,6 +466,7 @@ class VmapEnsembleHandler(BaseHandler):
             "architecture": self.architecture,
             "size": len(self.forward.members.names),
             "dtype": self.settings.dtype,
+            "precision": self.precision.summary() if self.precision else None,
             "device": str(self.device),
             "threads": self.threads,
             "execution": {

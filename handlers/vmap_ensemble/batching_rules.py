@@ -9,7 +9,8 @@ That costs about 7 us, a custom operator with torch.library.register_vmap about 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,29 +28,31 @@ from torch._C._functorch import (
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-# Up to this many rows, weights that oneDNN has reordered beforehand are faster than one batched product
-# (15 rows: 0.43 ms against 0.51 ms); beyond, copying the members' results together costs what they save.
-PREPACKED_ROWS = 64
+# Up to this many rows, weights that oneDNN has reordered beforehand are faster on every CPU tried than one batched
+# product of the BLAS library (15 rows: 0.23 ms against 0.51 ms). Beyond it depends on the BLAS: `_find_row_limit`.
+FEW_ROWS = 64
+MANY_ROWS = 512
 
 
 class FastRules(TorchFunctionMode):
     """A context in which the calls listed in `RULES` use this module's batching rules.
 
     Args:
-        stacked: Key -> (M, ...) tensors of the members. Their matrices (M, out, in) are also kept in oneDNN's
-            order, for inputs of few rows; only where that applies: a CPU, float32, no gradient asked for.
+        weights: Key -> matrices of the model's linear layers, (M, out, in) of the members or (out, in) of all.
+            They are also kept in oneDNN's order, where that applies: a CPU, float32, no gradient asked for.
 
     Note:
-        The reordered matrices take their size in memory once more. Without `stacked` there are none.
+        The reordered matrices take their size in memory once more. Without `weights` there are none.
     """
 
-    def __init__(self, stacked: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self._prepacked: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        for tensor in (stacked or {}).values():
-            if can_prepack(tensor):
+        for tensor in (weights or {}).values():
+            if can_prepack(tensor) and tensor.data_ptr() not in self._prepacked:
                 # The plain tensor is kept beside its copies, so that its address stays its own.
                 self._prepacked[tensor.data_ptr()] = (tensor, prepack(tensor))
+        self.row_limit = _find_row_limit(list(self._prepacked.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,16 +62,18 @@ class FastRules(TorchFunctionMode):
         result = rule(self, *args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 
-    def prepacked(self, weight: Tensor) -> list[Tensor] | None:
-        """The members' reordered matrices of a plain (M, out, in) stack, if there are any."""
+    def prepacked(self, weight: Tensor, rows: int, needs_grad: bool) -> list[Tensor] | None:
+        """The reordered matrices of (M, out, in) or (out, in) weights, where they are fastest for so many rows."""
         entry = self._prepacked.get(weight.data_ptr())
-        return entry[1] if entry is not None and entry[0].shape == weight.shape else None
+        if entry is None or entry[0].shape != weight.shape or rows > self.row_limit or needs_grad:
+            return None
+        return entry[1]
 
 
 def can_prepack(tensor: Tensor) -> bool:
-    """Whether oneDNN can reorder this stack: (M, out, in), float32, on a CPU that has it."""
+    """Whether oneDNN can reorder these matrices: (M, out, in) or (out, in), float32, on a CPU that has it."""
     return (
-        tensor.ndim == 3
+        tensor.ndim in (2, 3)
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -76,8 +81,32 @@ def can_prepack(tensor: Tensor) -> bool:
 
 
 def prepack(weight: Tensor) -> list[Tensor]:
-    """(M, out, in) -> M matrices in the order of oneDNN's product with few rows."""
-    return [torch.ops.mkldnn._reorder_linear_weight(row.contiguous(), 16) for row in weight]
+    """(M, out, in) -> M matrices in the order of oneDNN's product with few rows; one for (out, in)."""
+    rows = weight.unbind() if weight.ndim == 3 else (weight,)
+    return [torch.ops.mkldnn._reorder_linear_weight(row.contiguous(), 16) for row in rows]
+
+
+def _find_row_limit(entries: list[tuple[Tensor, list[Tensor]]]) -> float:
+    """Up to how many rows the reordered matrices are used: for many, BLAS may be faster, so that is measured.
+
+    BLAS libraries differ more than CPUs do: MKL leaves an AMD CPU's AVX-512 alone and takes twice oneDNN's time.
+    """
+    if not entries:
+        return FEW_ROWS
+    weight, matrices = max(entries, key=lambda entry: entry[0].shape[-2:].numel())
+    weight = weight.reshape(-1, *weight.shape[-2:])
+    rows = torch.ones(len(weight), MANY_ROWS, weight.shape[-1])
+
+    def time_s(function: Callable[[], Tensor]) -> float:
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        rivals = (lambda: _multiply_packed(rows, matrices, [None] * len(rows)), lambda: torch.bmm(rows, weight.mT))
+        spans = [[time_s(rival) for rival in rivals] for _ in range(4)]
+    packed_s, plain_s = (min(column) for column in zip(*spans, strict=True))
+    return float("inf") if packed_s < plain_s else FEW_ROWS
 
 
 def peel(*tensors: Any) -> tuple[list[Any], list[bool]] | None:
@@ -148,22 +177,36 @@ def multiply(rules: FastRules, input: Tensor, weight: Tensor, bias: Tensor | Non
     """F.linear: one product for all members, of as few and as large matrices as the batching allows."""
     peeled = peel(input, weight, bias)
     if peeled is None:
-        return NotImplemented
+        return NotImplemented if is_functorch_wrapped_tensor(input) else _multiply_trunk(rules, input, weight, bias)
     (x, w, b), (x_batched, w_batched, b_batched) = peeled
     if w.ndim != 2 + w_batched or x.ndim < 2 + x_batched:
         return NotImplemented
+    rows = x.numel() // max(1, x.shape[-1] * (len(x) if x_batched and w_batched else 1))
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    packed = rules.prepacked(w, rows, needs_grad)
     if not w_batched:
-        return run_on_members(lambda: _multiply_shared(x, w, b, x_batched, b_batched))
+        return run_on_members(lambda: _multiply_shared(x, w, b, x_batched, b_batched, packed))
     if not x_batched:
         # x (..., I) is one for all: a single product with all members' rows, (..., M * O).
         return run_on_members(lambda: _multiply_once(x, w, b, b_batched), x.ndim - 1)
-    return run_on_members(lambda: _multiply_each(x, w, b, b_batched, rules.prepacked(w)))
+    return run_on_members(lambda: _multiply_each(x, w, b, b_batched, packed))
 
 
-def _multiply_shared(x: Tensor, w: Tensor, b: Tensor | None, x_batched: bool, b_batched: bool) -> Tensor:
-    if b is None or not b_batched:
-        return F.linear(x, w, b)
-    y = F.linear(x, w)
+def _multiply_trunk(rules: FastRules, x: Tensor, w: Tensor, b: Tensor | None) -> Any:
+    """Nothing is batched: a layer that all members share, on what they share."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    packed = rules.prepacked(w, x.numel() // max(1, x.shape[-1]), needs_grad) if w.ndim == 2 else None
+    return NotImplemented if packed is None else _multiply_row(x, packed[0], b)
+
+
+def _multiply_shared(
+    x: Tensor, w: Tensor, b: Tensor | None, x_batched: bool, b_batched: bool, packed: list[Tensor] | None
+) -> Tensor:
+    own_bias = b is not None and b_batched
+    inner = None if own_bias else b
+    y = F.linear(x, w, inner) if packed is None else _multiply_row(x, packed[0], inner)
+    if b is None or not own_bias:
+        return y
     y = y if x_batched else y.unsqueeze(0)
     return y + b.view(len(b), *(1 for _ in range(y.ndim - 2)), -1)
 
@@ -175,20 +218,27 @@ def _multiply_once(x: Tensor, w: Tensor, b: Tensor | None, b_batched: bool) -> T
     return y.view(*y.shape[:-1], members, out)
 
 
-def _multiply_each(x: Tensor, w: Tensor, b: Tensor | None, b_batched: bool, prepacked: list[Tensor] | None) -> Tensor:
+def _multiply_each(x: Tensor, w: Tensor, b: Tensor | None, b_batched: bool, packed: list[Tensor] | None) -> Tensor:
     members, out, width = w.shape
     rows = x.reshape(members, -1, width)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    if prepacked is not None and rows.shape[1] <= PREPACKED_ROWS and not needs_grad:
-        biases = [None] * members if b is None else (b.unbind() if b_batched else [b] * members)
-        product = torch.ops.mkldnn._linear_pointwise
-        triples = zip(rows.unbind(), prepacked, biases, strict=True)
-        y = torch.stack([product(row, matrix, bias, "none", [], "") for row, matrix, bias in triples])
+    if packed is not None:
+        biases = list(b.unbind()) if b is not None and b_batched else [b] * members
+        y = _multiply_packed(rows, packed, biases)
     elif b is None:
         y = torch.bmm(rows, w.mT)
     else:
         y = torch.baddbmm(b.unsqueeze(1) if b_batched else b, rows, w.mT)
     return y.view(*x.shape[:-1], out)
+
+
+def _multiply_packed(rows: Tensor, matrices: list[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """(M, R, in) by M reordered matrices -> (M, R, out)."""
+    triples = zip(rows.unbind(), matrices, biases, strict=True)
+    return torch.stack([_multiply_row(row, matrix, bias) for row, matrix, bias in triples])
+
+
+def _multiply_row(row: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(row, matrix, bias, "none", [], "")
 
 
 def normalise(

@@ -12,6 +12,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -39,6 +40,38 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvolutionForward", "UnsupportedModel", "build_prepared", "choose_groups", "prepare"]
 
+TOLERANCE = 1e-5  # of float32: ten times tighter than the proof at load, which is for every mode
+
+
+@dataclass(frozen=True)
+class PackedGraph:
+    """A lowered graph whose first nodes run on packed weights.
+
+    Attributes:
+        head: Nodes for the operator that spreads the members over the cores, in the graph's order.
+        tail: The others, which run under the stock rules.
+        values: An example of the value of each node of the head.
+        packed: Slot name -> what fills it, one per member, or one in all if members share it.
+        reason: One line on what was prepared.
+    """
+
+    head: list[fx.Node]
+    tail: list[fx.Node]
+    values: dict[fx.Node, Any]
+    packed: dict[str, list[Any]]
+    reason: str
+
+
+def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> PackedGraph:
+    """Put the convolutions among the first `cut` nodes on packed weights."""
+    nodes = lowered.nodes()
+    head, tail = nodes[:cut], nodes[cut:]
+    values = record_values(lowered, head, example)
+    convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
+    packed = pack_convolutions(lowered, head, values)
+    reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
+    return PackedGraph(head, tail, values, packed, reason)
+
 
 class ConvolutionForward:
     """The prepared forward of all members: one torch.func.vmap call. Built by `prepare`.
@@ -48,14 +81,10 @@ class ConvolutionForward:
         reason: One line on what was prepared.
     """
 
-    def __init__(self, lowered: LoweredModel, count: int, cut: int, example: Sequence[Tensor]) -> None:
-        nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
+    def __init__(self, lowered: LoweredModel, count: int, parts: PackedGraph) -> None:
         (output,) = (node for node in lowered.graph.nodes if node.op == "output")
-        head, tail = nodes[:cut], nodes[cut:]
-        values = record_values(lowered, head, example)
-        convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
+        head, tail, values, packed = parts.head, parts.tail, parts.values, parts.packed
         self._arguments = lowered.arguments()
-        packed = pack_convolutions(lowered, head, values) if head else {}
         # Sizes and other plain values are cheap: each part works them out anew, and only tensors are passed on.
         plain = {n for n in head if not isinstance(values[n], Tensor)}
         own = [n for n in head if n in lowered.batched or n in plain]
@@ -76,7 +105,7 @@ class ConvolutionForward:
         device = next(iter(lowered.slots.values())).device
         self._index = torch.arange(count, device=device)
         self._channels_last = bool(head) or device.type == "cuda"
-        self.reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
+        self.reason = parts.reason
 
     @property
     def groups(self) -> int:
@@ -126,7 +155,7 @@ class _Body:
         lowered: LoweredModel,
         nodes: list[fx.Node],
         outputs: list[fx.Node],
-        packed: dict[str, list[Tensor]],
+        packed: dict[str, list[Any]],
         count: int,
     ) -> None:
         self.program: Program = extract_program(lowered, nodes, tuple(outputs))
@@ -185,25 +214,26 @@ def prepare(
     *example: Tensor,
     packed: bool | None = None,
     groups: int | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
 ) -> ConvolutionForward:
     """Prepare the fastest vmapped forward known here for a convolutional network.
 
     Args:
         model: The architecture in eval mode. Its own tensors are dropped, as `EnsembleForward` does.
-        members: M stacked members, float32.
+        members: M stacked members: float32, or half precision where the device multiplies it (`check_dtypes`).
         example: The forward's arguments, (B, ...), of the size that is expected most often. Other batch and
             image sizes give right results too.
         packed: Run on oneDNN's prepacked weights; by default wherever the members are on a CPU.
         groups: How many members run at the same time on a CPU; by default what is measured fastest here.
-        tolerance: Largest difference to the members' own forward, relative to the output's largest value.
+        tolerance: Largest difference to the members' own forward, relative to the output's largest value; by
+            default 1e-5 in float32, and what the proof at load allows in half precision.
 
     Returns:
         A callable: arguments of the model -> its outputs, each (M, B, ...).
 
     Raises:
-        UnsupportedModel: The model has no convolution, can't be traced, isn't float32, or doesn't keep the
-            tolerance on the example.
+        UnsupportedModel: The model has no convolution, can't be traced, has weights in a dtype that is no
+            faster here, or doesn't keep the tolerance on the example.
         LoadError: The members don't fill the model, or it is in training mode.
 
     Note:
@@ -226,21 +256,40 @@ def build_prepared(
         LoadError: The members don't fill the model, or it is in training mode.
     """
     tensors = [*members.stacked.values(), *members.shared.values()]
-    wrong = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {torch.float32}
-    if wrong:
-        raise UnsupportedModel(f"expected float32 weights, got {sorted(map(str, wrong))}; use eager or compiled")
+    check_dtypes(members)
     with torch.no_grad():
         EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
         lowered = lower_model(model, members)
-        nodes = [node for node in lowered.graph.nodes if node.op not in ("placeholder", "output")]
+        nodes = lowered.nodes()
         if not any(node.target in CONVOLUTIONS for node in nodes):
             raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
         on_cpu = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
-        cut = _find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
-        return ConvolutionForward(lowered, len(members.names), cut, example)
+        cut = find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
+        return ConvolutionForward(lowered, len(members.names), pack_graph(lowered, cut, example))
 
 
-def _find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
+def check_dtypes(members: StackedMembers) -> None:
+    """Refuse dtypes for which the device has no kernels of its own: oneDNN would convert at every step.
+
+    Raises:
+        UnsupportedModel: Names the dtype, and what takes it.
+    """
+    tensors = [*members.stacked.values(), *members.shared.values()]
+    fast = {torch.float32, torch.float16, torch.bfloat16}
+    if tensors[0].device.type == "cpu":
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            fast.discard(torch.bfloat16)
+        if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            fast.discard(torch.float16)
+    wrong = sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()} - set(map(str, fast)))
+    if wrong:
+        raise UnsupportedModel(
+            f"this device has no fast convolution of {', '.join(wrong)}, only of "
+            f"{', '.join(sorted(map(str, fast)))}; use one of these, or eager or compiled"
+        )
+
+
+def find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
     """Up to which node the network belongs to the operator that spreads members over the cores.
 
     All of it, if members have convolutions of their own: a linear layer behind them is measured faster on the
@@ -274,8 +323,11 @@ def _to_channels_last(tensor: Tensor) -> Tensor:
 
 
 def _check_equal(
-    forward: ConvolutionForward, reference: EnsembleForward, example: tuple[Tensor, ...], tolerance: float
+    forward: ConvolutionForward, reference: EnsembleForward, example: tuple[Tensor, ...], tolerance: float | None
 ) -> None:
+    dtypes = {tensor.dtype for tensor in reference.members.stacked.values() if tensor.is_floating_point()}
+    if tolerance is None and dtypes <= {torch.float32}:
+        tolerance = TOLERANCE
     try:
         prove_equal(reference, forward, example, tolerance)
     except LoadError as error:

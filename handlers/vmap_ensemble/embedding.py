@@ -20,6 +20,11 @@ from vmap_ensemble.text_requests import TextInput, read_text_item
 class Embedding(TextMode):
     """The mean of the members' normalised vectors, normalised; spread is 1 - its mean cosine to theirs."""
 
+    @property
+    def explains(self) -> str:
+        """Nothing: a vector has no class that words could speak for."""
+        return ""
+
     def read(self, item: Any) -> TextInput:
         """A text, or a pair."""
         return read_text_item(item, self.settings.max_characters)

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from vmap_ensemble.batching_rules import FastRules
+from vmap_ensemble.encoder_graph import PreparedEncoder
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.members import StackedMembers
-from vmap_ensemble.packing import ATTENTION, Packing, pack, packed, take_first, unpack
+from vmap_ensemble.packing import ATTENTION, Group, Packing, pack, packed, take_first, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,19 @@ def build_encoder_forward(model: PreTrainedModel, members: StackedMembers) -> En
         model: An encoder with any head, in eval mode.
         members: Its stacked members.
     """
-    rules = FastRules(members.stacked)
+    rules = FastRules(linear_weights(model, members))
     if model.config.model_type in POSITIONS:
         return PackedEncoderForward(model, members, lambda: rules)
     name = model.config.model_type
     logger.warning("padding of '%s' can't be removed: it is padded to the longest text", name)
     return EncoderForward(model, members, lambda: rules)
+
+
+def linear_weights(model: nn.Module, members: StackedMembers) -> dict[str, Tensor]:
+    """Key -> the members' (M, out, in) or shared (out, in) weights of the model's linear layers."""
+    tensors = {**members.shared, **members.stacked}
+    keys = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {key: tensors[key] for key in keys if key in tensors}
 
 
 class EncoderForward(EnsembleForward):
@@ -103,7 +111,6 @@ class EncoderForward(EnsembleForward):
     def member(self, index: int, *inputs: Any) -> Any:
         """Run one member alone, as Hugging Face does: padded, without vmap; outputs (B, ...)."""
         return functional_call(self.model, self.member_state(index), (), _name_inputs(*inputs))
-
 
     def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
         """Outputs up to the longest text, zero at padding, of which nobody asks anything."""
@@ -156,7 +163,7 @@ class PackedEncoderForward(EncoderForward):
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts in one vmapped call; see the class."""
         packing = pack(attention_mask)
-        positions = self._count_positions(input_ids, self._padding_id)
+        positions = self.positions(input_ids)
         ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
         types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
         with packed(packing), self._unpacking(packing):
@@ -164,6 +171,37 @@ class PackedEncoderForward(EncoderForward):
         if self._per_token:
             outputs = pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
         return outputs
+
+    def run_single(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor) -> Any:
+        """Run every member on one text without padding, (1, T) each; outputs as `__call__` gives them."""
+        length = input_ids.shape[1]
+        packing = Packing(
+            (1, length),
+            torch.arange(length, device=input_ids.device),
+            torch.zeros(1, dtype=torch.long, device=input_ids.device),
+            (Group(0, 1, length),),
+        )
+        with packed(packing), self._unpacking(packing):
+            return self._run(input_ids, None, token_type_ids, positions)
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """The architecture's position ids, (B, S)."""
+        return self._count_positions(input_ids, self._padding_id)
+
+    @property
+    def longest(self) -> int:
+        """The longest text in tokens that every architecture of `POSITIONS` has positions for."""
+        return int(self.model.config.max_position_embeddings) - self._padding_id - 1
+
+    @property
+    def few_rows(self) -> float:
+        """Up to how many tokens the layers' products run on reordered matrices."""
+        rules = self.rules()
+        return rules.row_limit if isinstance(rules, FastRules) else 0
+
+    def prepared(self, example: tuple[Any, ...]) -> PreparedEncoder:
+        """This forward with a flat graph for single texts."""
+        return PreparedEncoder(self, example)
 
     @contextmanager
     def _unpacking(self, packing: Packing) -> Iterator[None]:

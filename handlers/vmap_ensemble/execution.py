@@ -1,7 +1,7 @@
 """Turns a vmapped forward and a mode into the callable that serves: the same values, run the fastest way.
 
 reference  the plain loop over members         eager     one vmapped call
-prepared   vmapped, convolutions prepared      compiled  the archive's native code, else torch.compile(vmap(f))
+prepared   vmapped, weights prepared           compiled  the archive's native code, else torch.compile(vmap(f))
 cudagraph  vmapped, recorded per batch size    auto      whichever is measured fastest, never below the loop
 """
 
@@ -21,7 +21,7 @@ import torch
 
 from vmap_ensemble.choice_cache import Candidate, Choice, ChoiceCache
 from vmap_ensemble.chunking import is_out_of_memory
-from vmap_ensemble.convolution import ConvolutionForward, build_prepared, choose_groups
+from vmap_ensemble.convolution import build_prepared, choose_groups
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.forward import EnsembleForward
@@ -175,8 +175,11 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> ConvolutionForward:
-    """Prepared convolutions, not yet compared with the members' own: that is done for every mode alike."""
+def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> Run:
+    """Prepared weights, not yet compared with the members' own: that is done for every mode alike."""
+    own = forward.prepared(example)
+    if own is not None:
+        return own
     with torch.no_grad():
         prepared = build_prepared(forward.model, forward.members, *example)
         choose_groups(prepared, len(forward.members.names), example, options.groups)

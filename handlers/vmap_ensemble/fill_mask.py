@@ -12,12 +12,17 @@ from vmap_ensemble.aggregate import combine_classes
 from vmap_ensemble.classification import Answer
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.requests import Options
-from vmap_ensemble.text_mode import TextExample, TextMode
+from vmap_ensemble.text_mode import Target, TextExample, TextMode, as_number, unknown_target
 from vmap_ensemble.text_requests import TextInput, read_text_item
 
 
 class FillMask(TextMode):
     """The most probable tokens for every mask of a text."""
+
+    @property
+    def kept_token(self) -> int:  # type: ignore[override]
+        """The mask: without one there is nothing to fill."""
+        return int(self.tokenizer.mask_token_id)
 
     def read(self, item: Any) -> TextInput:
         """A text with at least one mask."""
@@ -82,6 +87,36 @@ class FillMask(TextMode):
                 ]
             answers.append(Answer(body, information, left_out))
         return answers
+
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """For every mask the most probable token, or the tokens that are asked for."""
+        ids = example.windows[0].arrays["input_ids"]
+        places = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+        settings = self.settings
+        logits = outputs["logits"][:, 0, places]
+        masks = combine_classes(logits, weights.expand(-1, len(places)), settings.aggregation, settings.temperature)
+        wanted = None if options.target is None else [self._token(name, logits.shape[-1]) for name in options.target]
+        return [
+            self._target(number, place, token)
+            for number, place in enumerate(places)
+            for token in (wanted or [int(masks.ranking[number, 0])])
+        ]
+
+    def _token(self, name: str | int, count: int) -> int:
+        """A token of the vocabulary by its text, at a word's beginning if it is one there, or by its number."""
+        if isinstance(name, str):
+            for text in (f" {name}", name):
+                encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(encoded) == 1 and encoded[0] != self.tokenizer.unk_token_id:
+                    return int(encoded[0])
+        number = as_number(name, count)
+        if number is None:
+            raise unknown_target(name, "one token of the vocabulary or its number")
+        return number
+
+    def _target(self, number: int, place: int, token: int) -> Target:
+        about = {"mask": number, "token": self.tokenizer.decode([token]).strip(), "index": token}
+        return Target(about, lambda output: self.summand(output["logits"][:, place])[:, token])
 
     def _mask(self, probabilities: Tensor, tokens: Tensor) -> list[dict[str, Any]]:
         rows = zip(tokens.tolist(), probabilities[tokens].tolist(), strict=True)

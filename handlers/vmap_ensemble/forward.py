@@ -44,6 +44,9 @@ class EnsembleForward:
         >>> assert y.shape == (len(members.names), 8, 10)
     """
 
+    # Largest relative difference between the ways to run it; None: that of the output's dtype (proof.py).
+    tolerance: float | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,6 +108,14 @@ class EnsembleForward:
         part._own = {key: tensor for key, tensor in stacked.items() if key not in self.members.ties}
         part._index = self._index[start:stop]
         return part
+
+    def prepared(self, example: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """A preparation of its own for execution `prepared`, a callable like this one; here none.
+
+        Args:
+            example: Arguments of the kind that will be served.
+        """
+        return None
 
     def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
         """The part of an output that must equal the members' own; here all of it.

@@ -84,6 +84,10 @@ class LoweredModel:
     stacked: set[str] = field(default_factory=set)
     batched: set[fx.Node] = field(default_factory=set)
 
+    def nodes(self) -> list[fx.Node]:
+        """What is computed, in order: neither arguments and slots nor the output."""
+        return [node for node in self.graph.nodes if node.op not in ("placeholder", "output")]
+
     def arguments(self) -> list[fx.Node]:
         """The model's own arguments, in order."""
         return [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.slots]
@@ -135,7 +139,7 @@ class _Lowering:
         for node in list(self.graph.nodes):
             if node.target is convolve:
                 self._fuse(node)
-        _drop_unused_slots(self.lowered)
+        drop_unused_slots(self.lowered)
         mark_batched(self.lowered)
         self.graph.lint()
 
@@ -239,10 +243,13 @@ class _Lowering:
             return tensor.unsqueeze(0) if stacked and slot.name not in self.lowered.stacked else tensor
 
         scale = value(slots.get("weight"), 1.0) * torch.rsqrt(value(slots["running_var"], 0.0).double() + eps)
-        weight = value(weight_node, 0.0) * scale[..., None, None, None].to(self._dtype(weight_node))
+        dtype = self._dtype(weight_node)
+        # In float32 at least: half precision would round the scale and then the product.
+        product = torch.promote_types(dtype, torch.float32)
+        weight = value(weight_node, 0.0).to(product) * scale[..., None, None, None].to(product)
         bias = (value(bias_node, 0.0) - value(slots["running_mean"], 0.0)) * scale + value(slots.get("bias"), 0.0)
         key = str(weight_node).removeprefix("slot_")
-        bias = bias.to(weight.dtype)
+        weight, bias = weight.to(dtype), bias.to(dtype)
         if stacked:  # a part that all members share is repeated: the other part differs
             count = max(weight.shape[0], bias.shape[0])
             weight, bias = weight.expand(count, *weight.shape[1:]), bias.expand(count, *bias.shape[1:])
@@ -313,7 +320,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _drop_unused_slots(lowered: LoweredModel) -> None:
+def drop_unused_slots(lowered: LoweredModel) -> None:
+    """Forget the slots that no node takes any more."""
     for node in list(lowered.graph.nodes):
         if node.name in lowered.slots and not node.users:
             lowered.slots.pop(node.name)

@@ -25,6 +25,9 @@ from vmap_ensemble.batching_rules import peel, run_on_members
 from vmap_ensemble.errors import RequestError
 
 ATTENTION = "vmap_ensemble_packed"
+# On a CPU the fused kernel takes texts one head at a time, which costs more than it saves up to about this length:
+# 4 members of 12 heads, seven texts of 8 tokens 0.24 against 0.58 ms, one of 80 0.35 against 0.51 ms, 128 equal.
+SHORT_TEXT = 96
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,20 @@ def _attend_group(query: Tensor, key: Tensor, value: Tensor, group: Group, scale
     folded = [
         t.reshape(members * group.count, group.length, heads, width).transpose(1, 2) for t in (query, key, value)
     ]
-    y = F.scaled_dot_product_attention(folded[0], folded[1], folded[2], scale=scale)
+    if query.device.type == "cpu" and group.length <= SHORT_TEXT:
+        y = _attend_by_products(folded[0], folded[1], folded[2], scale)
+    else:
+        y = F.scaled_dot_product_attention(folded[0], folded[1], folded[2], scale=scale)
     return y.transpose(1, 2).reshape(members, tokens, heads, width)
+
+
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """(B, heads, S, D) each -> (B, heads, S, D), by two batched products, which short texts fit better."""
+    size = query.shape
+    q, k, v = (t.reshape(-1, *size[2:]) for t in (query, key, value))
+    nothing = q.new_empty(()).expand(len(q), size[2], size[2])
+    scores = torch.baddbmm(nothing, q, k.mT, beta=0, alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).view(size)
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:

@@ -6,7 +6,8 @@ Packed for the example's size they stay right for every other size: oneDNN reord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -18,10 +19,24 @@ from vmap_ensemble.member_threads import MemberThreads
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
 _ADD = torch.ops.mkldnn._convolution_pointwise.binary
 _ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
+_PACKED = (_CONVOLVE, _ADD, _ADD_IN_PLACE)
 
 
-def record_values(lowered: LoweredModel, nodes: list[fx.Node], example: Sequence[Tensor]) -> dict[fx.Node, Any]:
-    """Run the first member's plain graph once, to learn every value's kind and shape.
+def record_values(
+    lowered: LoweredModel,
+    nodes: list[fx.Node],
+    example: Sequence[Tensor],
+    filled: Mapping[str, list[Any]] | None = None,
+    index: int = 0,
+) -> dict[fx.Node, Any]:
+    """Run one member's plain graph once, to learn every value's kind and shape; the first member's by default.
+
+    Args:
+        lowered: The graph.
+        nodes: Those of the graph to run.
+        example: The model's arguments.
+        filled: What fills slots that are no plain tensors, per member.
+        index: The member.
 
     Raises:
         UnsupportedModel: The example doesn't go through the model.
@@ -29,8 +44,7 @@ def record_values(lowered: LoweredModel, nodes: list[fx.Node], example: Sequence
     values: dict[fx.Node, Any] = dict(zip(lowered.arguments(), example, strict=False))
     for node in lowered.graph.nodes:
         if node.name in lowered.slots:
-            tensor = lowered.slots[node.name]
-            values[node] = tensor[0] if node.name in lowered.stacked else tensor
+            values[node] = member_slot(lowered, filled or {}, node.name, index)
     interpreter = fx.Interpreter(lowered.root, graph=lowered.graph)
     interpreter.env = values
     for node in nodes:
@@ -55,26 +69,25 @@ def pack_convolutions(
         Slot name -> packed weights, one per member, or one in all if members share them.
     """
     packed: dict[str, list[Tensor]] = {}
-    threads = MemberThreads(torch.get_num_threads())
     order = {node: position for position, node in enumerate(lowered.graph.nodes)}
-    for node in nodes:
-        args: Any = node.args
-        if node.target is convolve:
-            x, weight, bias, settings, activation = args
-            other = None
-        elif node.target in CONVOLUTIONS:
-            x, other, weight, bias, settings, activation = args
-        else:
-            continue
-        slot = _insert_slot(lowered, weight)
-        packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
-        in_place = other is not None and _is_consumable(node, x, other, order, values)
-        _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
-        if not weight.users:
-            # Folded weights are copies: given back at once, they never lie beside all of the packed ones.
-            lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
-            values.pop(weight, None)
-    threads.close()
+    with closing(MemberThreads(torch.get_num_threads() if nodes else 1)) as threads:
+        for node in nodes:
+            args: Any = node.args
+            if node.target is convolve:
+                x, weight, bias, settings, activation = args
+                other = None
+            elif node.target in CONVOLUTIONS:
+                x, other, weight, bias, settings, activation = args
+            else:
+                continue
+            slot = _insert_slot(lowered, weight)
+            packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
+            in_place = other is not None and is_consumable(lowered, node, (x, other), _PACKED, order, values)
+            _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
+            if not weight.users:
+                # Folded weights are copies: given back at once, they never lie beside all of the packed ones.
+                lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
+                values.pop(weight, None)
     return packed
 
 
@@ -101,9 +114,20 @@ def _replace_call(
     node.args = (*tensors, slot, bias, *settings, "add", 1.0, unary, scalars, "")
 
 
-def _is_consumable(node: fx.Node, x: Any, other: Any, order: dict[fx.Node, int], values: dict[fx.Node, Any]) -> bool:
-    """Whether the sum may overwrite the residual: a convolution made it, and nothing reads it any more."""
-    made_here = other.target in (_CONVOLVE, _ADD, _ADD_IN_PLACE)
+def is_consumable(
+    lowered: LoweredModel,
+    node: fx.Node,
+    operands: Sequence[Any],
+    fresh: Sequence[Any],
+    order: dict[fx.Node, int],
+    values: Mapping[fx.Node, Any],
+) -> bool:
+    """Whether the sum may overwrite the residual: one of `fresh` made it, and nothing reads it any more.
+
+    What members share is read by the next member, too.
+    """
+    x, other = operands
+    made_here = other.target in fresh and (other in lowered.batched) == (node in lowered.batched)
     last_use = all(order[user] <= order[node] for user in other.users)
     return made_here and last_use and other is not x and values[other].shape == values[node].shape
 
@@ -119,7 +143,7 @@ def _insert_slot(lowered: LoweredModel, weight: Any) -> fx.Node:
     return slot
 
 
-def member_slot(lowered: LoweredModel, packed: dict[str, list[Tensor]], name: str, index: int) -> Tensor:
+def member_slot(lowered: LoweredModel, packed: Mapping[str, list[Any]], name: str, index: int) -> Any:
     """What fills a slot when the member of this index runs alone."""
     stacked = name in lowered.stacked
     if name in packed:

@@ -26,6 +26,9 @@ MODES = {
     "embedding": ("AutoModel", "MODEL_MAPPING"),
 }
 
+# Modes whose members have labels; a config has a number of them even where there are none.
+LABELLED_MODES = ("sequence_classification", "token_classification")
+
 
 def import_transformers() -> Any:
     """Import transformers, which only text archives need.

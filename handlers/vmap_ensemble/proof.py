@@ -41,7 +41,7 @@ def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], toler
         forward: Gives the members and their plain forwards.
         run: What will serve: takes the same arguments and returns (M, B, ...) tensors.
         args: A sample batch.
-        tolerance: Largest relative difference; by default that of the output's dtype.
+        tolerance: Largest relative difference; by default the forward's own, or that of the output's dtype.
 
     Raises:
         LoadError: The difference of a member is beyond the tolerance, or the outputs differ in structure.
@@ -89,7 +89,7 @@ def compare_outputs(
                 raise LoadError(
                     f"member '{name}': own forward gives {tuple(expected.shape)}, the vmapped one {tuple(ours.shape)}"
                 )
-            bound = tolerance or TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
+            bound = tolerance or forward.tolerance or TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
             difference, finite = _relative_difference(expected, ours)
             if not finite:
                 not_finite.append(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,28 @@ from vmap_ensemble.aggregate import ClassPrediction, combine_classes
 from vmap_ensemble.classification import Answer
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.requests import Options
-from vmap_ensemble.text_mode import TextExample, TextMode, Window, rows_of, window_of
+from vmap_ensemble.text_mode import (
+    Target,
+    TextExample,
+    TextMode,
+    Window,
+    as_number,
+    rows_of,
+    unknown_target,
+    window_of,
+)
 from vmap_ensemble.text_requests import TextInput, read_question_item
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A span of one window: characters of the context, score, and the row it was found in."""
+    """A span of one window: characters of the context, score, the row it was found in, first and last token."""
 
     start: int
     end: int
     score: float
     row: int
+    tokens: tuple[int, int] = (0, 0)
 
 
 class QuestionAnswering(TextMode):
@@ -33,6 +44,8 @@ class QuestionAnswering(TextMode):
     Probabilities are over the context's tokens and the first token, which stands for "no answer". A context
     longer than max_length is read in windows that share doc_stride tokens.
     """
+
+    fields = ("question", "context")
 
     def read(self, item: Any) -> TextInput:
         """A question with its context."""
@@ -67,20 +80,60 @@ class QuestionAnswering(TextMode):
         """Answer a batch from its start and end logits, each (M, R, S) with R windows."""
         owners = rows_of(examples)
         windows = [window for example in examples for window in example.windows]
+        sides = self._combine(outputs, weights[:, owners], windows)
+        return [
+            self._answer(sides, windows, [r for r, owner in enumerate(owners) if owner == b], weights[:, b], o, e)
+            for b, (o, e) in enumerate(zip(options, examples, strict=True))
+        ]
+
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """Start and end of the answer; of other spans of `top_k` by their place in it, or of `no_answer`."""
+        windows = example.windows
+        rows = list(range(len(windows)))
+        start, end = self._combine(outputs, weights.expand(-1, len(windows)), windows)
+        nulls = [(start.probabilities[r, 0] * end.probabilities[r, 0]).item() for r in rows]
+        null = Candidate(0, 0, min(nulls), nulls.index(min(nulls)))
+        top_k = options.top_k or self.settings.top_k
+        found = self._best(start.probabilities, end.probabilities, windows, rows, top_k)
+        if options.target is None:
+            picked = [found[0] if found and found[0].score >= null.score else null]
+        else:
+            picked = [self._picked(name, found, null) for name in options.target]
+        return [target for span in picked for target in self._targets(span, windows, example)]
+
+    def _picked(self, name: str | int, found: list[Candidate], null: Candidate) -> Candidate:
+        if name == "no_answer":
+            return null
+        number = as_number(name, len(found))
+        if number is None:
+            raise unknown_target(name, f"'no_answer' or a place in 'top_k', 0 to {len(found) - 1}")
+        return found[number]
+
+    def _targets(self, span: Candidate, windows: list[Window], example: TextExample) -> list[Target]:
+        """The probabilities that the answer begins at its first token and ends at its last one."""
+        about = {k: v for k, v in self._span(span, example).items() if k != "score"}
+
+        def score(output: Any, key: str, token: int) -> Tensor:
+            logits = output[key].float()
+            allowed = _allowed(windows[span.row : span.row + 1], logits.shape[-1]).to(logits.device)
+            return self.summand(torch.where(allowed, logits, -torch.inf))[:, token]
+
+        return [
+            Target({"position": side, **about}, partial(score, key=f"{side}_logits", token=token), span.row)
+            for side, token in zip(("start", "end"), span.tokens, strict=True)
+        ]
+
+    def _combine(self, outputs: Any, weights: Tensor, windows: Sequence[Window]) -> list[ClassPrediction]:
+        """Start and end of each of R windows, from logits (M, R, S) and weights (M, R)."""
         allowed = _allowed(windows, outputs["start_logits"].shape[-1]).to(outputs["start_logits"].device)
-        row_weights = weights[:, owners]
-        sides = [
+        return [
             combine_classes(
                 torch.where(allowed, outputs[key].float(), -torch.inf),
-                row_weights,
+                weights,
                 self.settings.aggregation,
                 self.settings.temperature,
             )
             for key in ("start_logits", "end_logits")
-        ]
-        return [
-            self._answer(sides, windows, [r for r, owner in enumerate(owners) if owner == b], weights[:, b], o, e)
-            for b, (o, e) in enumerate(zip(options, examples, strict=True))
         ]
 
     def _answer(
@@ -139,7 +192,7 @@ class QuestionAnswering(TextMode):
                 if score <= 0:
                     continue
                 characters = (window.offsets[index // length][0], window.offsets[index % length][1])
-                candidate = Candidate(*characters, score, row)
+                candidate = Candidate(*characters, score, row, (index // length, index % length))
                 if characters not in found or found[characters].score < score:
                     found[characters] = candidate
         return sorted(found.values(), key=lambda candidate: -candidate.score)[:top_k]

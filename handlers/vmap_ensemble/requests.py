@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from vmap_ensemble.errors import RequestError
 
-OPTION_NAMES = ("detail", "subset", "top_k")
+OPTION_NAMES = ("detail", "subset", "top_k", "target")
 OPTION_HEADERS = {
     "x-ensemble-detail": "detail",
     "x-ensemble-subset": "subset",
     "x-ensemble-top-k": "top_k",
+    "x-ensemble-target": "target",
 }
 PAYLOAD_KEYS = ("data", "body")
 MAX_ITEMS = 1024
@@ -37,6 +38,7 @@ class Options:
     detail: bool = False
     subset: tuple[str, ...] | None = None
     top_k: int | None = None
+    target: tuple[str | int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ def _read_options(raw: Mapping[str, Any]) -> Options:
         detail=_read_detail(raw.get("detail")),
         subset=_read_subset(raw.get("subset")),
         top_k=_read_top_k(raw.get("top_k")),
+        target=_read_target(raw.get("target")),
     )
 
 
@@ -251,6 +254,18 @@ def _read_top_k(value: Any) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RequestError(400, "top_k: expected a whole number of at least 1")
     return value
+
+
+def _read_target(value: Any) -> tuple[str | int, ...] | None:
+    value = _text(value)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str | int) and not isinstance(name, bool) for name in names):
+        raise RequestError(400, "target: expected labels or numbers, separated by commas or as a list, or 'all'")
+    return tuple(dict.fromkeys(names))
 
 
 def decode_base64(text: str, what: str) -> bytes:

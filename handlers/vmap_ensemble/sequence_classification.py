@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmap_ensemble.aggregate import entropy, share_weights
+from vmap_ensemble.aggregate import combine_classes, entropy, share_weights
 from vmap_ensemble.classification import Answer, ClassAnswers
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.requests import Options
-from vmap_ensemble.text_mode import TextExample, TextMode
+from vmap_ensemble.text_mode import Target, TextExample, TextMode
 from vmap_ensemble.text_requests import TextInput, read_text_item
 
 
@@ -33,9 +34,44 @@ class SingleLabel(TextMode):
         """Answer a batch from its logits (M, B, C)."""
         return self.class_answers(outputs["logits"], weights, options)
 
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """The classes that are asked for; the predicted one by default."""
+        logits = outputs["logits"]
+        picked = self.picked_labels(options.target, logits.shape[-1], self.predicted(logits, weights))
+
+        def score(output: Any, index: int) -> Tensor:
+            return self.summand(output["logits"])[:, index]
+
+        return [Target(self._about(index), partial(score, index=index)) for index in picked]
+
+    def predicted(self, logits: Tensor, weights: Tensor) -> list[int]:
+        """The classes of the answer to one text, from logits (M, 1, C)."""
+        settings = self.settings
+        prediction = combine_classes(logits, weights, settings.aggregation, settings.temperature)
+        return [int(prediction.ranking[0, 0])]
+
+    def _about(self, index: int) -> dict[str, Any]:
+        return {"label": self.labels.get(index, str(index)), "index": index}
+
 
 class MultiLabel(SingleLabel):
     """Any number of labels per text, each yes or no on its own."""
+
+    @property
+    def explains(self) -> str:
+        """The mean of the sigmoids, whatever the aggregation."""
+        return "probability"
+
+    def predicted(self, logits: Tensor, weights: Tensor) -> list[int]:
+        """The labels above the threshold; the most probable one where none is."""
+        own = self.summand(logits)[:, 0]
+        finite = own.isfinite().all(-1)
+        mixture = share_weights(weights, finite[:, None])[:, 0] @ torch.where(finite[:, None], own, 0.0)
+        return self._chosen(mixture) or [int(mixture.argmax())]
+
+    def summand(self, logits: Tensor) -> Tensor:
+        """The sigmoids."""
+        return (logits.float() / self.settings.temperature).sigmoid()
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
@@ -91,6 +127,19 @@ class MultiLabel(SingleLabel):
 
 class Regression(SingleLabel):
     """Numbers: their mean over the members and its standard deviation."""
+
+    @property
+    def explains(self) -> str:
+        """The numbers themselves."""
+        return "value"
+
+    def predicted(self, logits: Tensor, weights: Tensor) -> list[int]:
+        """All of them."""
+        return list(range(logits.shape[-1]))
+
+    def summand(self, logits: Tensor) -> Tensor:
+        """The numbers themselves."""
+        return logits.float()
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]

@@ -91,11 +91,27 @@ class VisionSettings(Settings):
         "`ResNet18_Weights.IMAGENET1K_V1`; the architecture's default weights when not given.",
     )
     max_pixels: PositiveInt = Field(50_000_000, description="Larger images are refused with a 413.")
+    quantization: Literal["int8"] | None = Field(
+        None,
+        description="`int8`: convolutions and large linear layers with 8-bit weights and activations, on a CPU; "
+        "the archive is built with `--samples` (docs/precision.md).",
+    )
 
     @model_validator(mode="after")
     def _image_shape(self) -> VisionSettings:
         if self.input_shape is not None and len(self.input_shape) != 3:
             raise ValueError(f"input_shape: expected (channels, height, width), got {list(self.input_shape)}")
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_alone(self) -> VisionSettings:
+        if self.quantization and self.dtype != "fp32":
+            raise ValueError(f"quantization {self.quantization} starts from dtype fp32, got dtype {self.dtype}")
+        if self.quantization and self.execution not in ("auto", "prepared"):
+            raise ValueError(
+                f"quantization {self.quantization} has one way to run; expected execution auto or prepared, "
+                f"got {self.execution}"
+            )
         return self
 
 
@@ -108,7 +124,9 @@ class TextSettings(Settings):
     ] = Field("sequence_classification", description="What is asked of the text.")
     model_name: str = Field("", description="Name of the pretrained model; for people, nothing is fetched.")
     do_lower_case: bool | None = Field(None, description="Lower the text; the tokenizer's own choice by default.")
-    num_labels: PositiveInt | None = Field(None, description="Number of labels; must equal the members'.")
+    num_labels: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Number of labels; of a classification it must equal the members', 0 says nothing."
+    )
     save_mode: Literal["pretrained", "torchscript"] = Field(
         "pretrained", description="`pretrained`: weights; `torchscript`: traced members."
     )
@@ -116,7 +134,20 @@ class TextSettings(Settings):
         512, description="Longest sequence in tokens; the rest is cut off, or read in windows."
     )
     captum_explanation: bool = Field(True, description="Whether /explanations/ is answered.")
-    embedding_name: str = Field("", description="Attribute of the model that holds the embeddings; found by default.")
+    embedding_name: str = Field(
+        "",
+        description="Module of the model whose output explanations are about, or that holds `embeddings` (`bert`); "
+        "found by default.",
+    )
+    explanation_steps: PositiveInt = Field(
+        50, description="Points of the integral of an explanation; more make its `delta` smaller."
+    )
+    explanation_batch_size: PositiveInt = Field(
+        16, description="Points of the integral that are computed at once; fewer need less memory."
+    )
+    max_explanations: PositiveInt = Field(
+        16, description="Explanations that one request may ask for: items times targets; more are refused with a 413."
+    )
     FasterTransformer: bool = Field(False, description="Members are traced FasterTransformer modules.")
     problem_type: Literal["single_label", "multi_label", "regression"] | None = Field(
         None, description="Of a sequence classification; the members' config by default."

@@ -16,7 +16,7 @@ from vmap_ensemble.classification import Answer, read_labels
 from vmap_ensemble.embedding import Embedding
 from vmap_ensemble.errors import LoadError, RequestError, SettingsError
 from vmap_ensemble.fill_mask import FillMask
-from vmap_ensemble.pretrained import PRETRAINED_FOLDER
+from vmap_ensemble.pretrained import LABELLED_MODES, PRETRAINED_FOLDER
 from vmap_ensemble.question_answering import QuestionAnswering
 from vmap_ensemble.requests import Options
 from vmap_ensemble.sequence_classification import MultiLabel, Regression, SingleLabel
@@ -64,7 +64,8 @@ class TextEnsembleHandler(VmapEnsembleHandler):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, **options)
         if not self.tokenizer.is_fast:
             raise LoadError(f"{PRETRAINED_FOLDER}/: expected a fast tokenizer (tokenizer.json), got a slow one")
-        if settings.num_labels is not None and settings.num_labels != config.num_labels:
+        is_labelled = settings.mode in LABELLED_MODES
+        if is_labelled and settings.num_labels and settings.num_labels != config.num_labels:
             raise SettingsError(
                 f"setup_config.json: num_labels: {settings.num_labels}, but the members have {config.num_labels}"
             )

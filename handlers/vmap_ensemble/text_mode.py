@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmap_ensemble.aggregate import summands
 from vmap_ensemble.classification import Answer
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.requests import Options
@@ -49,6 +50,21 @@ class TextExample:
     windows: list[Window] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Target:
+    """One thing that an answer says of a text and that can be explained.
+
+    Attributes:
+        row: What an explanation says of it, such as its label.
+        score: Outputs of one member, tensors (K, ...), to the (K,) numbers that the ensemble adds up.
+        window: The number of the window that it was found in.
+    """
+
+    row: dict[str, Any]
+    score: Callable[[Any], Tensor]
+    window: int = 0
+
+
 class TextMode(ABC):
     """One thing that may be asked of a text.
 
@@ -72,6 +88,34 @@ class TextMode(ABC):
     ) -> list[Answer | RequestError]:
         """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
 
+    # What a request calls the first and the second text.
+    fields: tuple[str, str] = ("text", "text_pair")
+    # A token that an explanation's baseline keeps; -1 is none.
+    kept_token: int = -1
+
+    @property
+    def explains(self) -> str:
+        """What explanations explain: probabilities, or their logarithms where those are what is averaged."""
+        return "log_probability" if self.settings.aggregation == "mean_logit" else "probability"
+
+    def summand(self, logits: Tensor) -> Tensor:
+        """What a member adds to the ensemble's answer; (..., C) -> (..., C)."""
+        return summands(logits, self.settings.aggregation, self.settings.temperature)
+
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """What can be explained of one text; by default what the answer says.
+
+        Args:
+            outputs: Of all members, rows in the order of the example's windows.
+            weights: (M, 1).
+            options: Its `target` picks other things than the answer's.
+            example: The text.
+
+        Raises:
+            RequestError: 501 where the mode has nothing to explain, 422 for an unknown target.
+        """
+        raise RequestError(501, f"mode '{self.settings.mode}' has nothing to explain")
+
     def encode(self, item: Any) -> TextExample:
         """Read an item and tokenise it; what exceeds max_length is cut off."""
         text = self.read(item)
@@ -88,6 +132,28 @@ class TextMode(ABC):
     def sample_items(self, count: int) -> list[Any]:
         """Items of different lengths to prove the forward on at load."""
         return [" ".join(["a sample text"] * (index % 4 + 1)) for index in range(count)]
+
+    def picked_labels(self, wanted: Sequence[str | int] | None, count: int, default: list[int]) -> list[int]:
+        """The classes that a client names by label or number.
+
+        Args:
+            wanted: Labels or numbers; `all`; None for the default.
+            count: How many classes there are.
+            default: Classes where none is wanted.
+
+        Raises:
+            RequestError: 422 for a label that isn't there.
+        """
+        if wanted is None:
+            return default
+        numbers = {self.labels.get(index, str(index)): index for index in reversed(range(count))}
+        if tuple(wanted) == ("all",) and "all" not in numbers:
+            return list(range(count))
+        picked = [numbers.get(str(name), as_number(name, count)) for name in wanted]
+        for name, index in zip(wanted, picked, strict=True):
+            if index is None:
+                raise unknown_target(name, "a label, its number, or 'all'")
+        return list(dict.fromkeys(index for index in picked if index is not None))
 
     def unusable(self) -> RequestError:
         """The reply where no member gave a finite output."""
@@ -119,9 +185,7 @@ class TextMode(ABC):
             body = {**body_of(b), "ensemble": ensemble}
             if option.detail:
                 used = (asked[:, b] & finite[:, b]).tolist()
-                body["members"] = [
-                    {"name": name, **member_of(m, b)} for m, name in enumerate(self.names) if used[m]
-                ]
+                body["members"] = [{"name": name, **member_of(m, b)} for m, name in enumerate(self.names) if used[m]]
             answers.append(Answer(body, None, left_out))
         return answers
 
@@ -170,3 +234,15 @@ def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, 
 def rows_of(examples: Sequence[TextExample]) -> list[int]:
     """For every row of the batch the number of its example."""
     return [index for index, example in enumerate(examples) for _ in example.windows]
+
+
+def as_number(name: str | int, count: int) -> int | None:
+    """A target that is a number below `count`; None where it isn't."""
+    text = str(name)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else count
+    return number if number < count else None
+
+
+def unknown_target(name: str | int, expected: str) -> RequestError:
+    """The reply to a target that isn't there."""
+    return RequestError(422, f"target: unknown '{str(name)[:80]}'; expected {expected}")

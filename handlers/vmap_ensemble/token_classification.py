@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from vmap_ensemble.aggregate import ClassPrediction, combine_classes
 from vmap_ensemble.classification import Answer
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.requests import Options
-from vmap_ensemble.text_mode import TextExample, TextMode, Window
+from vmap_ensemble.text_mode import Target, TextExample, TextMode, Window, as_number, unknown_target
 from vmap_ensemble.text_requests import TextInput, read_text_item
 
 OUTSIDE = ("O", "")
@@ -27,6 +27,8 @@ class Span:
     end: int
     probabilities: list[float]
     information: list[float]
+    # (token, label) of each word's first token
+    places: list[tuple[int, int]] = field(default_factory=list)
 
 
 class TokenClassification(TextMode):
@@ -41,7 +43,39 @@ class TokenClassification(TextMode):
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | RequestError]:
         """Answer a batch from its logits (M, B, S, C)."""
-        logits = outputs["logits"]
+        flat, length = self._combine(outputs["logits"], weights)
+        return [self._answer(flat, b, length, weights[:, b], option, examples[b]) for b, option in enumerate(options)]
+
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """The entities of the answer, or those of the kinds or places in `entities` that are asked for."""
+        (window,) = example.windows
+        flat, _ = self._combine(outputs["logits"], weights)
+        spans = self._spans(flat, slice(0, len(window)), window)
+        picked = range(len(spans)) if options.target is None else self._picked(spans, options.target)
+        return [self._target(spans[i], example.text.text) for i in picked]
+
+    def _picked(self, spans: list[Span], wanted: Sequence[str | int]) -> list[int]:
+        kinds = {split_tag(label)[1] for label in self.labels.values()} - set(OUTSIDE)
+        picked: set[int] = set()
+        for name in wanted:
+            number = as_number(name, len(spans))
+            if name in kinds or name == "all":
+                picked.update(i for i, span in enumerate(spans) if name in (span.kind, "all"))
+            elif number is None:
+                raise unknown_target(name, f"a place in 'entities', 'all', or one of {', '.join(sorted(kinds))}")
+            else:
+                picked.add(number)
+        return sorted(picked)
+
+    def _target(self, span: Span, text: str) -> Target:
+        tokens, labels = (list(axis) for axis in zip(*span.places, strict=True))
+        about = {"entity": span.kind, "text": text[span.start : span.end], "start": span.start, "end": span.end}
+        return Target(
+            about, lambda output: self.summand(output["logits"][:, tokens])[:, range(len(labels)), labels].mean(1)
+        )
+
+    def _combine(self, logits: Tensor, weights: Tensor) -> tuple[ClassPrediction, int]:
+        """Each token's prediction, (B * S, ...), and S."""
         members, batch, length, classes = logits.shape
         flat = combine_classes(
             logits.reshape(members, batch * length, classes),
@@ -49,7 +83,12 @@ class TokenClassification(TextMode):
             self.settings.aggregation,
             self.settings.temperature,
         )
-        return [self._answer(flat, b, length, weights[:, b], option, examples[b]) for b, option in enumerate(options)]
+        return flat, length
+
+    def _spans(self, flat: ClassPrediction, rows: slice, window: Window) -> list[Span]:
+        labels = flat.ranking[rows, 0]
+        probabilities = flat.probabilities[rows].gather(-1, labels[:, None])[:, 0].tolist()
+        return self.join(window, labels.tolist(), probabilities, flat.mutual_information[rows].tolist())
 
     def _answer(
         self, flat: ClassPrediction, b: int, length: int, weights: Tensor, options: Options, example: TextExample
@@ -60,10 +99,8 @@ class TokenClassification(TextMode):
         ensemble, left_out = self.ensemble_body(options, weights > 0, finite)
         if not ensemble["used"]:
             return self.unusable()
-        labels = flat.ranking[rows, 0]
-        probabilities = flat.probabilities[rows].gather(-1, labels[:, None])[:, 0].tolist()
+        spans = self._spans(flat, rows, window)
         information = flat.mutual_information[rows].tolist()
-        spans = self.join(window, labels.tolist(), probabilities, information)
         real = [i for i, word in enumerate(window.word_ids) if word is not None]
         mean = sum(information[i] for i in real) / max(len(real), 1)
         agreement = flat.agreement[rows][real].mean().item() if real else 1.0
@@ -111,8 +148,9 @@ class TokenClassification(TextMode):
                 open_span.end = end
                 open_span.probabilities.append(probabilities[i])
                 open_span.information.append(information[i])
+                open_span.places.append((i, labels[i]))
             else:
-                open_span = Span(kind, start, end, [probabilities[i]], [information[i]])
+                open_span = Span(kind, start, end, [probabilities[i]], [information[i]], [(i, labels[i])])
                 spans.append(open_span)
         return spans
 

@@ -24,7 +24,12 @@ class TracedForward:
     Args:
         modules: Loaded, on their device.
         members: Their names and manifest rows; it holds no tensors.
+
+    Attributes:
+        tolerance: As of `EnsembleForward`.
     """
+
+    tolerance: float | None = None
 
     def __init__(self, modules: Sequence[torch.jit.ScriptModule], members: StackedMembers) -> None:
         self.modules, self.members = list(modules), members

@@ -222,6 +222,13 @@ def lose_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def slow_tokenizer(folder: Path) -> None:
+    for member in folder.parent.iterdir():
+        lose_tokenizer(member)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+
+
 def shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -247,6 +254,7 @@ def shard(folder: Path) -> None:
             "member 'fold1': tokenizer: normalizer is",
         ),
         ("fold0", lose_tokenizer, "'fold0' holds no tokenizer"),
+        ("fold0", slow_tokenizer, "'fold0': its tokenizer, BertJapaneseTokenizer, has only a slow form"),
         ("fold0", shard, "member 'fold0': its weights are sharded (model.safetensors.index.json)"),
         (
             "fold0",

@@ -1,13 +1,15 @@
 """Each rule against the stock rule of vmap, for every way its arguments can be batched."""
 
 import itertools
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import vmap
 
-from vmap_ensemble.batching_rules import RULES, FastRules, prepack
+from vmap_ensemble import batching_rules
+from vmap_ensemble.batching_rules import FEW_ROWS, RULES, FastRules
 
 
 def compare(function, arguments, in_dims, rules=None, tolerance=1e-5):
@@ -141,10 +143,34 @@ def test_shared_arguments_stay_unbatched():
     assert seen == [False]
 
 
-def test_prepacked_matrices_are_used_for_few_rows_only():
+def test_prepacked_matrices_are_those_of_this_weight():
+    weight, trunk = torch.randn(3, 5, 8), torch.randn(7, 8)
+    rules = FastRules({"w": weight, "t": trunk, "b": torch.randn(5)})
+    assert len(rules.prepacked(weight, 7, needs_grad=False)) == 3
+    assert len(rules.prepacked(trunk, 7, needs_grad=False)) == 1
+    assert rules.prepacked(weight, 7, needs_grad=True) is None
+    assert rules.prepacked(weight[1:], 7, needs_grad=False) is None
+    assert rules.prepacked(torch.randn(3, 5, 8), 7, needs_grad=False) is None
+
+
+@pytest.mark.parametrize("blas_is_slower", [True, False])
+def test_many_rows_go_to_what_was_measured_faster(monkeypatch, blas_is_slower):
     weight = torch.randn(3, 5, 8)
-    rules = FastRules({"w": weight, "b": torch.randn(3, 5)})
-    assert rules.prepacked(weight) is not None
-    assert rules.prepacked(weight[1:]) is None
-    assert rules.prepacked(torch.randn(3, 5, 8)) is None
-    assert len(prepack(weight)) == 3
+    slow = batching_rules._multiply_packed if not blas_is_slower else torch.bmm
+    where, name = (torch, "bmm") if blas_is_slower else (batching_rules, "_multiply_packed")
+    monkeypatch.setattr(where, name, lambda *args: time.sleep(0.02) or slow(*args))
+    rules = FastRules({"w": weight})
+    assert (rules.prepacked(weight, 10_000, needs_grad=False) is not None) == blas_is_slower
+    assert rules.prepacked(weight, FEW_ROWS, needs_grad=False) is not None
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_shared_layer_runs_on_its_reordered_matrix(biased):
+    x, weight, own_bias = torch.randn(2, 7, 8), torch.randn(5, 8), torch.randn(3, 5)
+    rules = FastRules({"w": weight})
+    used = []
+    whole = rules.prepacked
+    rules.prepacked = lambda *args, **kwargs: used.append(whole(*args, **kwargs)) or used[-1]
+    compare(lambda bias: F.linear(x, weight, bias if biased else None) + bias, (own_bias,), (0,), rules)
+    assert used
+    assert used[0] is not None

@@ -10,9 +10,19 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from benchmarks import draw_sample_image, measure, mnist_vmap, resnet_vmap, vmap_comparison
+from benchmarks import (
+    batching_rules,
+    draw_sample_image,
+    measure,
+    mnist_vmap,
+    precision,
+    resnet_vmap,
+    vmap_comparison,
+)
+from vmap_ensemble.batching_rules import RULES
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.packing import take_first
 
 BRIEFLY = ["--iterations", "3", "--warmup", "1", "--threads", "1", "--device", "cpu"]
 CPU = torch.device("cpu")
@@ -181,3 +191,79 @@ def test_drawn_picture_is_the_one_in_the_repository() -> None:
     drawn = torch.frombuffer(bytearray(draw_sample_image.draw_landscape().tobytes()), dtype=torch.uint8)
     kept = torch.frombuffer(bytearray(Image.open(resnet_vmap.IMAGE_PATH).tobytes()), dtype=torch.uint8)
     assert (drawn.int() - kept.int()).abs().float().mean() < 6  # JPEG loses the grain
+
+
+# --- batching rules -----------------------------------------------------------------------------------------
+
+RULES_BRIEFLY = [
+    *("--iterations", "2", "--warmup", "0", "--threads", "1"),
+    *("--num_models", "2", "--repeat", "2", "--batches", "single"),
+]
+
+
+def test_every_rule_has_a_line_in_the_table(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(batching_rules, "VOCABULARY", 50)
+    used = set()
+    for function, rule in RULES.items():
+        monkeypatch.setitem(RULES, function, lambda *a, f=function, r=rule, **k: (used.add(f), r(*a, **k))[1])
+    file = tmp_path / "rules.json"
+    assert batching_rules.main([*RULES_BRIEFLY, "--json", str(file)]) == 0
+    assert used == set(RULES)
+    rows = json.loads(file.read_text())["rows"]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["equal"] is True
+        assert max(row["largest_relative_difference"], row["of_stock"]) <= 1e-5
+        assert row["stock_by_ours"] == pytest.approx(row["stock"]["median_ms"] / row["ours"]["median_ms"])
+        assert row["loop_by_ours"] == pytest.approx(row["loop"]["median_ms"] / row["ours"]["median_ms"])
+        assert f"| {row['rule']} | {row['calls']} | single | {row['stock']['median_ms']:.2f} (" in printed
+    assert {"attention, packed", "unpack", "first tokens"} < {row["rule"] for row in rows}
+
+
+def test_cases_run_what_a_model_runs() -> None:
+    lengths = [3, 1, 2]
+    cases = {case.name: case for case in batching_rules.make_cases(2, lengths)}
+    for case in cases.values():
+        reference = case.stock_asked(case.stock.looped(1))
+        got = case.ours_asked(case.ours.vmapped(3))
+        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
+    assert cases["unpack"].stock.looped(1).shape == (2, 3, 3, batching_rules.WIDTH)
+    packed = cases["attention, packed"]
+    assert packed.ours.vmapped(1).shape[2] == sum(lengths)
+    assert packed.stock.looped(1).shape[3] == max(lengths)
+
+
+def test_a_rule_that_gives_other_numbers_is_an_error(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(batching_rules, "VOCABULARY", 50)
+    monkeypatch.setattr(batching_rules, "take_first", lambda row, packing: take_first(row, packing) * 1.001)
+    assert batching_rules.main(RULES_BRIEFLY) == 1
+    assert "differs from the loop beyond the tolerance: first tokens (single)" in capsys.readouterr().err
+    assert batching_rules.main([*RULES_BRIEFLY, "--repeat", "0"]) == 2
+    assert "--repeat: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+# --- precision ----------------------------------------------------------------------------------------------
+
+
+def test_precisions_are_judged_and_timed(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "figures.json"
+    arguments = ["--members", str(checkpoint), "--data-dir", "sample", "--batch", "1", "--seconds", "0.1"]
+    assert precision.main([*arguments, "--markdown", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    rows = {row["name"]: row for row in figures["accuracy"]}
+    assert rows["fp32"]["changed"] == 0
+    assert rows["fp32"]["largest"] == 0.0
+    assert 0 < rows["int8"]["largest"] < 0.05
+    assert rows["int8"]["images"] == 2000
+    assert abs(rows["int8"]["accuracy"] - rows["fp32"]["accuracy"]) <= rows["int8"]["changed"] / 2000
+    times = figures["times"]["1"]
+    assert {timing["name"] for timing in times["timings"]} >= {"fp32 loop", "fp32 prepared", "int8"}
+    assert times["differences"]["fp32 prepared"] < 1e-5 < times["differences"]["int8"]
+    assert "| int8 |" in capsys.readouterr().out
+
+
+def test_checkpoints_of_other_models_can_not_be_judged(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        precision.main(["--model", "resnet18", "--members", "a.pt"])
+    assert stop.value.code == 2
+    assert "--members are MNIST checkpoints" in capsys.readouterr().err

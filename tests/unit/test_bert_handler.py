@@ -340,3 +340,10 @@ def test_keys_of_torchserves_example_alone_are_enough(serve, ask):
 def test_a_wrong_number_of_labels_is_refused(serve):
     with pytest.raises(SettingsError, match=r"num_labels: 4, but the members have 2"):
         serve("sequence_classification", CONFIGS["bert"](num_labels=2), num_labels=4)
+
+
+def test_a_number_of_labels_says_nothing_of_other_modes(serve, ask):
+    handler, _, _ = serve("fill_mask", CONFIGS["bert"](num_labels=2), num_labels="4")
+    assert ask(handler, [{"body": b"a [MASK]"}])[0][0] == 200
+    handler, _, _ = serve("sequence_classification", CONFIGS["bert"](num_labels=2), num_labels="0")
+    assert ask(handler, [{"body": b"a movie"}])[0][0] == 200

@@ -26,21 +26,30 @@ held_out\tblue\tblue house
 """
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
+def save_weights(folder: Path, words: list[str], template: Any = None) -> Path:
     """A tiny random encoder with a tokenizer, as the package of the real weights lays them out."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    folder = tmp_path / "weights"
     transformers.BertModel(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if template is not None:
+        tokenizer.post_processor = template
     special: dict[str, Any] = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    inputs = ["input_ids", "attention_mask", "token_type_ids"]
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs, **special
+    )
+    fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return save_weights(tmp_path / "weights", WORDS)
 
 
 @pytest.fixture

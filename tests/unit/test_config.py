@@ -21,6 +21,7 @@ OWN_DIMENSIONS = {
     "EnsembleBatchSize": ("histogram", []),
     "EnsembleMutualInformation": ("histogram", []),
 }
+MODEL_CONFIGS = sorted(file for file in CONFIG.glob("*.yaml") if file.name != "metrics.yaml")
 WORKER_KEYS = {"minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout"}
 
 
@@ -71,7 +72,7 @@ def test_files_that_a_config_names_exist(name: str) -> None:
     ElementTree.parse(CONFIG.parent / log_config)
 
 
-@pytest.mark.parametrize("file", sorted(CONFIG.glob("*_ens.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", MODEL_CONFIGS, ids=lambda file: file.name)
 def test_model_configs_start_one_worker_and_never_say_zero_delay(file: Path) -> None:
     settings = yaml.safe_load(file.read_text())
     assert settings.keys() == WORKER_KEYS

@@ -83,6 +83,18 @@ class Headed(nn.Module):
         return self.fc(self.head(self.trunk(x)).mean((2, 3)))
 
 
+class HeadedResidual(nn.Module):
+    """A shared trunk whose value each member's own convolution reads and is added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return self.fc(F.relu(self.head(x) + x).mean((2, 3)))
+
+
 class Patches(nn.Module):
     """The sizes of a convolution's output are used behind the last convolution, and so is a split of it."""
 
@@ -262,10 +274,35 @@ def test_all_members_equal():
     assert_equal(got, want)
 
 
-def test_half_precision_is_refused():
+def test_half_precision_without_kernels_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
     members = StackedMembers(names=("a",), stacked={"weight": torch.ones(1, 2, 2).half()}, shared={})
-    with pytest.raises(UnsupportedModel, match=r"expected float32 weights, got \['torch.float16'\]"):
-        prepare(Plain().eval(), members, torch.randn(1, 1, 14, 14))
+    with pytest.raises(UnsupportedModel, match=r"no fast convolution of torch.float16, only of .*torch.float32"):
+        prepare(nn.Linear(2, 2).eval(), members, torch.randn(1, 2))
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no bfloat16")
+@pytest.mark.parametrize("case", ["plain", "residual", "mobile"])
+def test_bfloat16_is_as_close_to_float32_as_the_plain_loop(case):
+    make, shape = CASES[case]
+    models, members = build_members(make, 2)
+    x, want = torch.randn(4, *shape), None
+    half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in members.stacked.items()}
+    forward = prepare(make().eval(), StackedMembers(members.names, half, {}), x.bfloat16())
+    want, got = run_loop(models, x), forward(x.bfloat16())
+    if isinstance(want, dict):
+        want, got = want["logits"], got["logits"]
+    assert got.dtype == torch.bfloat16
+    loop = run_loop([model.bfloat16() for model in models], x.bfloat16())
+    loop = loop["logits"] if isinstance(loop, dict) else loop
+    error, own = ((y.float() - want).abs().max() / want.abs().max() for y in (got, loop))
+    assert error < max(2 * own, 1e-2)
+
+
+def test_a_shared_value_is_not_overwritten_by_a_members_sum():
+    models, members = build_members(HeadedResidual, 3, "trunk")
+    x = torch.randn(2, 3, 10, 10)
+    assert_equal(prepare(HeadedResidual().eval(), members, x, groups=1)(x), run_loop(models, x))
 
 
 def test_a_model_without_convolutions_is_refused():

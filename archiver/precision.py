@@ -1,0 +1,166 @@
+"""Turns sample inputs into the calibration of an archive, and the verdict whether its precision may be served."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archiver.blocks import ArchiveRequest
+from vmap_ensemble.aggregate import ClassPrediction, combine_classes
+from vmap_ensemble.calibration import calibrate
+from vmap_ensemble.errors import ArchiveError, RequestError
+from vmap_ensemble.precision import Precision
+from vmap_ensemble.settings import load_settings
+
+BATCH = 16
+
+Step = Callable[[str], None]
+Batches = list[tuple[Tensor, ...]]
+
+
+def find_samples(name: str, paths: Sequence[Path]) -> list[Path]:
+    """Files of samples: those given, and those directly inside of given folders, by name.
+
+    Raises:
+        ArchiveError: A path doesn't exist, or a folder holds no files.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = path.iterdir() if path.is_dir() else [path]
+        found = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
+        if not found:
+            raise ArchiveError(f"'{name}': samples: {path.name}: expected a file, or a folder with files")
+        files += found
+    return files
+
+
+def precision_name(settings: Any) -> str | None:
+    """The precision that settings ask for, where it isn't float32."""
+    if getattr(settings, "quantization", None):
+        return str(settings.quantization)
+    return None if settings.dtype == "fp32" else str(settings.dtype)
+
+
+def check_precision(request: ArchiveRequest, settings: Any) -> None:
+    """Refuse, before any work, what can't be archived.
+
+    Raises:
+        ArchiveError: int8 without samples, or samples that can't be found.
+    """
+    if precision_name(settings) == "int8" and not request.samples:
+        raise ArchiveError(
+            f"'{request.name}': quantization int8 is calibrated on inputs like those that will be served; give some "
+            "dozens with --samples FILES_OR_FOLDER, or in the key 'samples'"
+        )
+    find_samples(request.name, request.samples)
+
+
+def judge_precision(handler: type[Any], request: ArchiveRequest, stage: Path, step: Step) -> Precision | None:
+    """Calibrate int8, run the samples in float32 and as archived, and write precision.json.
+
+    Args:
+        handler: The handler's class.
+        request: Names the samples, and the share of predictions that may change.
+        stage: The archive's root, complete but for precision.json.
+        step: Called with a line of what is done, three times.
+
+    Returns:
+        What was found; None where float32 is served, or there are no samples.
+
+    Raises:
+        ArchiveError: More predictions change than may, or a sample can't be read.
+        EnsembleError: The precision can't be had for these members.
+    """
+    settings = load_settings(stage, handler.settings_class)
+    name = precision_name(settings)
+    if name is None or not request.samples:
+        return None
+    instance = handler()
+    float32 = {"dtype": "fp32", **({"quantization": None} if name == "int8" else {})}
+    step("read samples")
+    instance.open(stage, dataclasses.replace(settings, **float32))
+    batches = _read_batches(request.name, instance, find_samples(request.name, request.samples))
+    step("run float32")
+    reference = instance.load_forward()
+    with torch.inference_mode():
+        expected = _predict(instance, reference, reference.loop, batches, request.name)
+        ranges = calibrate(reference.model, reference.members, batches) if name == "int8" else {}
+    members = reference.members.names if ranges else ()
+    step(f"run {name}")
+    instance.open(stage, settings)
+    instance.precision = Precision(name, 0, 0, 0.0, members, ranges)
+    forward = instance.load_forward()
+    run = forward if name == "int8" else forward.loop
+    with torch.inference_mode():
+        got = _predict(instance, forward, run, _cast(batches, instance.dtype), request.name)
+    found = _compare(instance.precision, expected, got)
+    _check(found, request)
+    found.write(stage)
+    return found
+
+
+def _read_batches(name: str, handler: Any, files: Sequence[Path]) -> Batches:
+    examples = []
+    for file in files:
+        try:
+            data = file.read_bytes()
+            examples.append(handler.parse(json.loads(data) if file.suffix == ".json" else data))
+        except (RequestError, OSError, ValueError) as error:
+            raise ArchiveError(f"'{name}': sample {file.name}: {error}") from None
+    starts = range(0, len(examples), BATCH)
+    return [handler.collate(examples[start : start + BATCH]) for start in starts]
+
+
+def _cast(batches: Batches, dtype: torch.dtype) -> Batches:
+    return [tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in batch) for batch in batches]
+
+
+def _predict(
+    handler: Any, forward: Any, run: Callable[..., Any], batches: Batches, name: str
+) -> list[ClassPrediction]:
+    weights, settings = handler.read_weights(forward.members), handler.settings
+    rows = []
+    for batch in batches:
+        outputs = run(*batch)
+        if not isinstance(outputs, Tensor) or outputs.dim() != 3:
+            raise ArchiveError(
+                f"'{name}': samples judge the precision of classifiers, whose output is (batch, classes); "
+                "leave --samples out for this handler"
+            )
+        weight = weights.expand(-1, outputs.shape[1])
+        rows.append(combine_classes(outputs.float(), weight, settings.aggregation, settings.temperature))
+    return rows
+
+
+def _compare(precision: Precision, expected: list[ClassPrediction], got: list[ClassPrediction]) -> Precision:
+    pairs = list(zip(expected, got, strict=True))
+    changed = sum(int((a.ranking[:, 0] != b.ranking[:, 0]).sum()) for a, b in pairs)
+    largest = max(float((a.probabilities - b.probabilities).abs().max()) for a, b in pairs)
+    samples = sum(len(a.ranking) for a, _ in pairs)
+    return dataclasses.replace(
+        precision, samples=samples, changed_predictions=changed, largest_probability_difference=largest
+    )
+
+
+def _check(found: Precision, request: ArchiveRequest) -> None:
+    allowed, share = request.max_changed_predictions, found.changed_predictions / found.samples
+    if share > allowed:
+        raise ArchiveError(
+            f"'{request.name}': {describe(found)}; more than max_changed_predictions, {allowed:.2%}. Give more or "
+            "more typical samples, raise that key if such answers will do, or serve float32"
+        )
+
+
+def describe(found: Precision) -> str:
+    """One line on what a precision costs."""
+    share = found.changed_predictions / found.samples
+    return (
+        f"{found.name} changes {found.changed_predictions} of {found.samples} predictions ({share:.2%}) on the "
+        f"samples, a probability by {found.largest_probability_difference:.4f} at most"
+    )

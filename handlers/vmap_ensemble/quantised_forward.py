@@ -1,0 +1,131 @@
+"""Turns stacked members and calibrated ranges into one vmapped forward in 8 bits, and the loop it must equal."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from vmap_ensemble.calibration import Batch, quantisable_head
+from vmap_ensemble.convolution import ConvolutionForward, PackedGraph, choose_groups
+from vmap_ensemble.errors import LoadError
+from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
+from vmap_ensemble.precision import PRECISION_FILE, Precision
+from vmap_ensemble.prepacking import member_slot, record_values
+from vmap_ensemble.quantisation import Layer, Ranges, quantise_graph
+from vmap_ensemble.quantised_kernels import pack_quantised
+
+if TYPE_CHECKING:
+    from vmap_ensemble.members import StackedMembers
+
+
+class QuantisedForward(EnsembleForward):
+    """The forward of all members with 8-bit weights and activations, on a CPU: one call of torch.func.vmap.
+
+    Its members and its loop are the same 8-bit numbers in plain torch. One rounding that falls the other way is
+    a step of 1/255 of a layer's range, so the two agree to `tolerance` and not to float32's rounding.
+
+    Args:
+        model: The architecture in eval mode.
+        members: M stacked members, float32, on a CPU.
+        ranges: From `calibration.calibrate`, for these members in this order.
+        example: The model's arguments, (B, ...), of the size that is expected most often.
+        groups: How many members run at the same time; by default what is measured fastest here.
+
+    Attributes:
+        reason: One line on what was prepared.
+
+    Raises:
+        UnsupportedModel: The model can't be traced, has no convolution, or this torch or CPU lacks a kernel.
+        LoadError: The members aren't float32 on a CPU, or the ranges don't belong to them.
+    """
+
+    tolerance = 5e-2
+
+    def __init__(
+        self, model: nn.Module, members: StackedMembers, ranges: Ranges, example: Batch, groups: int | None = None
+    ) -> None:
+        super().__init__(model, members)
+        _check_members(members)
+        count = len(members.names)
+        with torch.no_grad():
+            lowered = lower_model(model, members)
+            head = quantisable_head(lowered)
+            tail = [node for node in lowered.nodes() if node not in set(head)]
+            filled = quantise_graph(lowered, head, record_values(lowered, head, example), ranges, count)
+            head = [node for node in lowered.nodes() if node not in set(tail)]
+            (output,) = (node for node in lowered.graph.nodes if node.op == "output")
+            plain = extract_program(lowered, lowered.nodes(), output.args[0])
+            self._run_plain, self._inputs = plain.compile(), [lowered.arguments().index(n) for n in plain.inputs]
+            self._slots = [[member_slot(lowered, filled, name, i) for name in plain.slots] for i in range(count)]
+            values = record_values(lowered, head, example, filled)
+            self._run = _build(lowered, count, PackedGraph(head, tail, values, filled, ""))
+            choose_groups(self._run, count, example, groups)
+        self.reason = self._run.reason
+
+    def __call__(self, *args: Any) -> Any:
+        """Run every member on the same arguments in one vmapped call; outputs (M, B, ...)."""
+        return self._run(*args)
+
+    def member(self, index: int, *args: Any) -> Any:
+        """Run one member alone, in plain torch on the same 8-bit numbers: outputs (B, ...)."""
+        with torch.no_grad():
+            return self._run_plain(*(args[i] for i in self._inputs), *self._slots[index])
+
+    def part(self, start: int, stop: int) -> Any:
+        """The members from `start` to `stop`, exclusive, one after another: for when memory has run out."""
+
+        def run(*args: Any) -> Any:
+            outputs = [self.member(index, *args) for index in range(start, stop)]
+            return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+
+        return run
+
+
+def _build(lowered: LoweredModel, count: int, parts: PackedGraph) -> ConvolutionForward:
+    """The same graph on oneDNN's kernels."""
+    layers = sum(isinstance(rows[0], Layer) for rows in parts.packed.values())
+    reason = f"{layers} layers in 8 bits"
+    try:
+        packed = pack_quantised(lowered, parts.head, parts.values, parts.packed)
+    except (RuntimeError, NotImplementedError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModel(f"quantization int8: oneDNN can't pack a layer here: {line}") from error
+    return ConvolutionForward(lowered, count, dataclasses.replace(parts, packed=packed, reason=reason))
+
+
+def _check_members(members: StackedMembers) -> None:
+    tensors = [*members.stacked.values(), *members.shared.values()]
+    wrong = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()} - {str(torch.float32)}
+    if wrong:
+        raise LoadError(f"quantization int8: expected float32 members, got {', '.join(sorted(wrong))}")
+    if tensors[0].device.type != "cpu":
+        raise LoadError(f"quantization int8 runs on a CPU, got device {tensors[0].device}; set device: cpu")
+
+
+def quantise_forward(forward: EnsembleForward, precision: Precision | None, example: Batch) -> QuantisedForward:
+    """The 8-bit form of a float32 forward, with the calibration of its archive.
+
+    Args:
+        forward: Of the members, float32; it isn't used afterwards.
+        precision: What the archive's precision.json says, if it has one.
+        example: The model's arguments, (B, ...).
+
+    Raises:
+        LoadError: There is no calibration, it is of other members, or 8 bits can't be had.
+    """
+    if precision is None or not precision.ranges:
+        raise LoadError(
+            f"quantization int8: the archive has no calibration ({PRECISION_FILE}); build it with sample inputs: "
+            "./archive.sh NAME --samples IMAGES, or the key 'samples'"
+        )
+    if tuple(precision.members) != forward.members.names:
+        raise LoadError(
+            f"{PRECISION_FILE}: calibrated for the members {', '.join(precision.members)}, the archive holds "
+            f"{', '.join(forward.members.names)}; build the archive again"
+        )
+    return QuantisedForward(forward.model, forward.members, precision.ranges, example)

@@ -1,0 +1,35 @@
+"""Settings decide torch's precision in the worker, whatever TorchServe set at import."""
+
+import logging
+
+import pytest
+import torch
+
+from vmap_ensemble.runtime import configure_torch
+from vmap_ensemble.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def restore_torch():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.set_num_threads(before[2])
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("highest", False), ("high", True), ("medium", True)])
+def test_tf32_of_convolutions_follows_that_of_products(precision, tf32):
+    torch.backends.cudnn.allow_tf32 = not tf32
+    configure_torch(Settings(float32_matmul_precision=precision, device="cpu"), None, {})
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+@pytest.mark.parametrize(("dtype", "kernels", "warned"), [("fp16", False, 1), ("fp16", True, 0), ("bf16", False, 0)])
+def test_float16_without_kernels_is_logged(monkeypatch, caplog, dtype, kernels, warned):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: kernels)
+    with caplog.at_level(logging.WARNING):
+        runtime = configure_torch(Settings(dtype=dtype, device="cpu"), None, {})
+    assert runtime.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert sum("no float16 kernels" in message for message in caplog.messages) == warned
