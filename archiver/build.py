@@ -77,15 +77,15 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
         survey = _survey(request, sources, console)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
-    steps = len(sources) + 2 + (3 if request.samples else 0) + 2 * request.compile
-    with _progress(console, f"pack {request.name}", steps) as step:
+    more = (3 if request.samples else 0) + (2 if request.compile else 0)
+    with _progress(console, f"pack {request.name}", len(sources) + 2 + more) as step:
 
         def complete(stage: Path) -> None:
             found = judge_precision(handler, request, stage, step)
             if found or request.samples:
                 show_precision(console, found)
             if request.compile:
-                compile_archive(request, stage, step)
+                compile_archive(handler, request, stage, step)
 
         manifest = pack_archive(request, survey, target, step, complete)
     show_archive(console, target, manifest)

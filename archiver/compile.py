@@ -21,12 +21,10 @@ import yaml
 from torch import Tensor, nn
 
 from archiver.blocks import ArchiveRequest
-from archiver.handler_facts import load_handler
 from vmap_ensemble.ahead_of_time import COMPILED_FOLDER, Package, target_here, write_compiled
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.members import hash_file, read_manifest
-from vmap_ensemble.runtime import DTYPES
+from vmap_ensemble.members import hash_file
 from vmap_ensemble.settings import load_settings
 
 Step = Callable[[str], None]
@@ -52,11 +50,12 @@ class Unrolled(nn.Module):
         return torch.stack([member(x) for member in self.members])
 
 
-def compile_archive(request: ArchiveRequest, stage: Path, step: Step) -> list[Package]:
+def compile_archive(handler: type[Any], request: ArchiveRequest, stage: Path, step: Step) -> list[Package]:
     """Compile the forward of staged members for batches of 1 and of up to batchSize, and write compiled/.
 
     Args:
-        request: Handler and model-config yaml.
+        handler: The handler's class.
+        request: Names the model-config yaml.
         stage: The archive's root, complete.
         step: Called with a line before each compilation.
 
@@ -65,7 +64,7 @@ def compile_archive(request: ArchiveRequest, stage: Path, step: Step) -> list[Pa
             can't be compiled.
     """
     check_compiler()
-    forward, examples = _load(request, stage)
+    forward, examples = _load(handler(), stage)
     batch = _batch_size(request)
     (stage / COMPILED_FOLDER).mkdir()
     with torch.no_grad():
@@ -96,21 +95,17 @@ def check_compiler() -> None:
         ) from None
 
 
-def _load(request: ArchiveRequest, stage: Path) -> tuple[EnsembleForward, Tensor]:
+def _load(handler: Any, stage: Path) -> tuple[EnsembleForward, Tensor]:
     """The forward as the handler makes it, and two examples (2, ...)."""
-    handler = load_handler(request.handler)()
-    handler.settings = load_settings(stage, handler.settings_class)
-    handler.folder, handler.phases_s = stage, {}
-    handler.device, handler.dtype = torch.device("cpu"), DTYPES[handler.settings.dtype]
-    handler.archive = read_manifest(stage)
+    handler.open(stage, load_settings(stage, handler.settings_class))
     forward = handler.load_forward()
     args = handler.collate(handler.sample_examples(2))
     with torch.no_grad():
         output = forward.member(0, *args) if type(forward) is EnsembleForward else None
     if not isinstance(output, Tensor) or len(args) != 1:
         raise ArchiveError(
-            f"--compile: expected a model that takes one tensor and gives one, as image classifiers do; "
-            f"{request.handler.name} serves another, which can't be compiled ahead of time"
+            f"--compile: expected a model in floating point that takes one tensor and gives one, as image classifiers "
+            f"do; {type(handler).__name__} serves another, which can't be compiled ahead of time"
         )
     return forward, args[0]
 

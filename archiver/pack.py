@@ -32,9 +32,8 @@ PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
 RESERVED_NAMES = (
-    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE),
-    *(PRETRAINED_FOLDER, PRECISION_FILE, COMPILED_FOLDER),
-    "MAR-INF",
+    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
+    *(COMPILED_FOLDER, "MAR-INF"),
 )
 ARCHIVER_TIMEOUT_S = 1800
 

@@ -7,6 +7,7 @@ Packed for the example's size they stay right for every other size: oneDNN reord
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import torch
@@ -80,26 +81,25 @@ def pack_convolutions(
         Slot name -> packed weights, one per member, or one in all if members share them.
     """
     packed: dict[str, list[Tensor]] = {}
-    threads = MemberThreads(torch.get_num_threads())
     order = {node: position for position, node in enumerate(lowered.graph.nodes)}
-    for node in nodes:
-        args: Any = node.args
-        if node.target is convolve:
-            x, weight, bias, settings, activation = args
-            other = None
-        elif node.target in CONVOLUTIONS:
-            x, other, weight, bias, settings, activation = args
-        else:
-            continue
-        slot = _insert_slot(lowered, weight)
-        packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
-        in_place = other is not None and is_consumable(lowered, node, (x, other), _PACKED, order, values)
-        _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
-        if not weight.users:
-            # Folded weights are copies: given back at once, they never lie beside all of the packed ones.
-            lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
-            values.pop(weight, None)
-    threads.close()
+    with closing(MemberThreads(torch.get_num_threads() if nodes else 1)) as threads:
+        for node in nodes:
+            args: Any = node.args
+            if node.target is convolve:
+                x, weight, bias, settings, activation = args
+                other = None
+            elif node.target in CONVOLUTIONS:
+                x, other, weight, bias, settings, activation = args
+            else:
+                continue
+            slot = _insert_slot(lowered, weight)
+            packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
+            in_place = other is not None and is_consumable(lowered, node, (x, other), _PACKED, order, values)
+            _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
+            if not weight.users:
+                # Folded weights are copies: given back at once, they never lie beside all of the packed ones.
+                lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
+                values.pop(weight, None)
     return packed
 
 
