@@ -104,8 +104,8 @@ def _load(handler: Any, stage: Path) -> tuple[EnsembleForward, Tensor]:
         output = forward.member(0, *args) if type(forward) is EnsembleForward else None
     if not isinstance(output, Tensor) or len(args) != 1:
         raise ArchiveError(
-            f"--compile: expected a model in floating point that takes one tensor and gives one, as image classifiers "
-            f"do; {type(handler).__name__} serves another, which can't be compiled ahead of time"
+            "--compile: expected a model in floating point that takes one tensor and gives one, as image "
+            f"classifiers do; {type(handler).__name__} serves another, which can't be compiled ahead of time"
         )
     return forward, args[0]
 
