@@ -82,6 +82,8 @@ def pack_archive(
         try:
             manifest = _stage(request, survey, stage, step)
             complete(stage)
+            for cache in list(stage.rglob("__pycache__")):
+                shutil.rmtree(cache)  # of modules that `complete` imported
             step("pack")
             built = _run_archiver(request, stage, work)
             _verify(built, stage)
