@@ -15,10 +15,24 @@ from vmap_ensemble.encoder import POSITIONS, count_real_tokens  # noqa: E402
 from vmap_ensemble.errors import RequestError, SettingsError  # noqa: E402
 from vmap_ensemble.requests import read_request  # noqa: E402
 
-serve = bert.serve
+serve_anywhere = bert.serve
 EXPLAIN = {"explain": "True"}
 TEXT = "sarah lives in london . great"
 WORDS = [("sarah", 0, 5), ("lives", 6, 11), ("in", 12, 14), ("london", 15, 21), (".", 22, 23), ("great", 24, 29)]
+
+
+@pytest.fixture
+def serve(serve_anywhere):
+    """As the other tests of encoders serve, on one thread: thousands of tiny operators, where two would only wait."""
+    before = torch.get_num_threads()
+
+    def make(*arguments, **settings):
+        made = serve_anywhere(*arguments, **settings)
+        torch.set_num_threads(1)
+        return made
+
+    yield make
+    torch.set_num_threads(before)
 
 
 def liven(members):
