@@ -18,7 +18,7 @@ from vmap_ensemble.errors import LoadError, RequestError, SettingsError
 from vmap_ensemble.fill_mask import FillMask
 from vmap_ensemble.pretrained import LABELLED_MODES, PRETRAINED_FOLDER
 from vmap_ensemble.question_answering import QuestionAnswering
-from vmap_ensemble.requests import Options
+from vmap_ensemble.requests import Options, dump_json
 from vmap_ensemble.sequence_classification import MultiLabel, Regression, SingleLabel
 from vmap_ensemble.settings import TextSettings
 from vmap_ensemble.text_mode import TextExample, TextMode, pad_windows
@@ -99,6 +99,11 @@ class TextEnsembleHandler(VmapEnsembleHandler):
     def sample_examples(self, count: int) -> list[TextExample]:
         """The mode's own sample items, of different lengths."""
         return [self.mode.encode(item) for item in self.mode.sample_items(count)]
+
+    def sample_request(self) -> bytes:
+        """The body of a request with the mode's own sample, to try an archive with."""
+        (item,) = self.mode.sample_items(1)
+        return dump_json(item if isinstance(item, dict) else {"text": item}).encode()
 
 
 def mode_class(settings: TextSettings, config: Any) -> type[TextMode]:

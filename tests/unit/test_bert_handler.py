@@ -250,6 +250,13 @@ def test_masks_are_filled_as_the_loop_would(serve, ask):
     assert answer["masks"][0][0]["index"] == int(expected.argmax())
 
 
+@pytest.mark.parametrize("mode", AUTO)
+def test_the_sample_request_is_answered(mode, serve, ask):
+    handler, _, _ = serve(mode, CONFIGS["bert"]())
+    ((status, _),) = ask(handler, [{"body": handler.sample_request()}])
+    assert status == 200
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_embeddings_are_normalised_means(pooling, serve, ask):
     handler, members, tokenizer = serve("embedding", CONFIGS["bert"](), pooling=pooling)
