@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vmap_ensemble.schedule import Schedule
+
 logger = logging.getLogger(__name__)
 
 # A choice measured while the machine was busy is measured once more; a machine that always is must not pay
@@ -40,12 +42,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen and why; `groups` is how many members `prepared` runs at a time."""
+    """What was chosen and why, and in which order `prepared` then computes the members."""
 
     name: str
     reason: str
     candidates: list[Candidate]
-    groups: int | None = None
+    schedule: Schedule | None = None
 
 
 class ChoiceCache:
@@ -81,7 +83,8 @@ class ChoiceCache:
                 logger.info("the machine was busy when the stored choice was measured: measuring once more")
                 return None
             candidates = [Candidate(**row) for row in stored["candidates"]]
-            return Choice(str(stored["name"]), str(stored["reason"]), candidates, stored["groups"])
+            schedule = Schedule(**stored["schedule"]) if stored["schedule"] else None
+            return Choice(str(stored["name"]), str(stored["reason"]), candidates, schedule)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,12 +9,11 @@ members share runs once, and heads without convolutions run under the stock rule
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,22 +22,26 @@ from torch.func import vmap
 
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.lowering import (
-    CONVOLUTIONS,
-    LoweredModel,
-    Program,
-    UnsupportedModel,
-    extract_program,
-    lower_model,
-)
+from vmap_ensemble.joining import join_members
+from vmap_ensemble.lowering import LoweredModel, Program, UnsupportedModel, extract_program, lower_model
 from vmap_ensemble.member_threads import MemberThreads
-from vmap_ensemble.prepacking import member_slot, pack_convolutions, pack_linears, record_values
+from vmap_ensemble.prepacking import (
+    is_large_linear,
+    member_slot,
+    pack_convolutions,
+    pack_linears,
+    record_values,
+)
 from vmap_ensemble.proof import prove_equal
+from vmap_ensemble.schedule import Schedule, choose_schedule
+from vmap_ensemble.steps import CONVOLUTIONS
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
 
-__all__ = ["ConvolutionForward", "UnsupportedModel", "build_prepared", "choose_groups", "prepare"]
+__all__ = ["ConvolutionForward", "UnsupportedModel", "build_prepared", "prepare"]
+
+Result = TypeVar("Result")
 
 TOLERANCE = 1e-5  # of float32: ten times tighter than the proof at load, which is for every mode
 
@@ -78,50 +81,85 @@ def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> Pa
 
 
 class ConvolutionForward:
-    """The prepared forward of all members: one torch.func.vmap call. Built by `prepare`.
+    """The prepared forward of all members. Built by `prepare`.
+
+    Members that run one by one are one torch.func.vmap call. Joined ones are that call with its batching rules
+    applied at load; vmap itself is left with the steps that no rule is known for, and isn't called if there are none.
+
+    Args:
+        lowered: The graph.
+        count: M.
+        parts: What of it runs on packed weights.
+        joint: Whether the members lie side by side in the channels (`join_members`).
 
     Attributes:
-        groups: How many members run at the same time on a CPU, each on its share of the threads.
+        schedule: How much runs at the same time; to be set before the first call.
         reason: One line on what was prepared.
     """
 
-    def __init__(self, lowered: LoweredModel, count: int, parts: PackedGraph) -> None:
+    def __init__(self, lowered: LoweredModel, count: int, parts: PackedGraph, joint: bool = False) -> None:
         (output,) = (node for node in lowered.graph.nodes if node.op == "output")
         head, tail, values, packed = parts.head, parts.tail, parts.values, parts.packed
         self._arguments = lowered.arguments()
         # Sizes and other plain values are cheap: each part works them out anew, and only tensors are passed on.
         plain = {n for n in head if not isinstance(values[n], Tensor)}
-        own = [n for n in head if n in lowered.batched or n in plain]
-        shared = [n for n in head if n not in lowered.batched]
+        apart = lowered.batched - lowered.joined
+        own = [n for n in head if n in apart or n in plain]
+        shared = [n for n in head if n not in apart]
         tail = [*_needed_by(plain, head, [*tail, output]), *tail]
         used = [n for n in head if n not in plain]
-        body_outputs = [n for n in _used_by(used, [*tail, output]) if n in lowered.batched]
+        body_outputs = [n for n in _used_by(used, [*tail, output]) if n in apart]
         self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
-        trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in lowered.batched]
-        self._trunk = extract_program(lowered, shared, tuple(trunk_outputs))
+        self._trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in apart]
+        self._joined = [n for n in self._trunk_outputs if n in lowered.joined]
+        self._has_parts = len(self._arguments) == 1 and len(self._joined) == len(self._trunk_outputs)
+        self._trunk = extract_program(lowered, shared, tuple(self._trunk_outputs))
         self._run_trunk = self._trunk.compile()
+        self._trunk_inputs = [self._arguments.index(node) for node in self._trunk.inputs]
         self._trunk_slots = [packed.get(name, [lowered.slots.get(name)])[0] for name in self._trunk.slots]
         self._tail = extract_program(lowered, tail, output.args[0])
         self._run_tail = self._tail.compile()
-        self._body_outputs, self._trunk_outputs = body_outputs, trunk_outputs
+        self._body_outputs = body_outputs
         self._tail_slots = [lowered.slots[name] for name in self._tail.slots]
+        # Nothing is left for vmap: every step was given its batching rule when the members were joined.
+        self._is_joined = not tail and set(self._tail.inputs) <= lowered.joined
         self._tail_dims = tuple(0 if name in lowered.stacked else None for name in self._tail.slots)
         device = next(iter(lowered.slots.values())).device
         self._index = torch.arange(count, device=device)
         self._channels_last = bool(head) or device.type == "cuda"
         self.reason = parts.reason
+        self._schedule = Schedule(joint, 0 if joint else 1)
 
     @property
-    def groups(self) -> int:
-        return self._body.threads.groups if self._body else 1
+    def schedule(self) -> Schedule:
+        return self._schedule
 
-    @groups.setter
-    def groups(self, groups: int) -> None:
-        if self._body:
-            self._body.use_groups(groups)
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if schedule.joint != self._schedule.joint:
+            raise ValueError(f"expected a schedule with joint={self._schedule.joint}, got {schedule}")
+        if schedule.joint and schedule.at_a_time and not self._has_parts:
+            raise UnsupportedModel("some of the values that members share don't come image by image")
+        if self._body and not schedule.joint:
+            self._body.use_groups(schedule.at_a_time)
+        self._schedule = schedule
 
-    def keep_groups(self) -> None:
-        """Stay with the number of groups in use: the threads of others end."""
+    def schedules(self, batch: int) -> list[Schedule]:
+        """What is worth a measurement, for batches of at most so many examples."""
+        if self._schedule.joint:
+            return [Schedule(True, images) for images in ([0, 1] if batch > 1 and self._has_parts else [0])]
+        if self._body is None:
+            return [Schedule(False, 1)]
+        threads, count = torch.get_num_threads(), len(self._index)
+        return [Schedule(False, n) for n in sorted({1, 2, 4, 8, threads}) if n == 1 or n <= min(count, threads)]
+
+    @property
+    def runs_apart(self) -> bool:
+        """Whether members run one by one, so that joining them is another way."""
+        return self._body is not None and len(self._index) > 1
+
+    def keep_schedule(self) -> None:
+        """Stay with the schedule in use: the threads of others end."""
         if self._body:
             self._body.drop_other_groups()
 
@@ -134,25 +172,48 @@ class ConvolutionForward:
         Returns:
             The model's output structure; each tensor (M, B, ...), member-major.
         """
-        if self._channels_last:
-            args = tuple(_to_channels_last(arg) for arg in args)
         with torch.no_grad():
-            env = dict(zip(self._arguments, args, strict=False))
-            trunk = self._run_trunk(*(env[node] for node in self._trunk.inputs), *self._trunk_slots)
-            env.update(zip(self._trunk_outputs, trunk, strict=True))
+            env = self._begin(args)
             member = partial(self._member, env)
-            return vmap(member, in_dims=(0, *self._tail_dims))(self._index, *self._tail_slots)
+            if self._is_joined:
+                return self._run_tail(*(env[node] for node in self._tail.inputs))
+            joined = [env[node] for node in self._joined]
+            in_dims = (0, *[0] * len(joined), *self._tail_dims)
+            return vmap(member, in_dims=in_dims)(self._index, *joined, *self._tail_slots)
 
-    def _member(self, env: dict[fx.Node, Any], index: Tensor, *slots: Tensor) -> Any:
+    def _begin(self, args: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
+        """Arguments and what is worked out for all members at once."""
+        if self._channels_last:
+            args = self._in_body(lambda: tuple(_to_channels_last(arg) for arg in args))
+        env = dict(zip(self._arguments, args, strict=False))
+        images = self._schedule.at_a_time if self._schedule.joint else 0
+        if images and args[0].shape[0] > images:
+            rows = zip(*(self._trunk_of((chunk,)) for chunk in args[0].split(images)), strict=True)
+            trunk: Sequence[Any] = [torch.cat(row, dim=1) for row in rows]  # (M, B, ...), every one of them
+        else:
+            trunk = self._trunk_of(args)
+        env.update(zip(self._trunk_outputs, trunk, strict=True))
+        return env
+
+    def _in_body(self, job: Callable[[], Result]) -> Result:
+        """Run a job where the members run: OpenMP's threads of this one would go on spinning beside theirs."""
+        return self._body.threads.call(job) if self._body else job()
+
+    def _trunk_of(self, args: tuple[Tensor, ...]) -> Sequence[Any]:
+        return self._run_trunk(*[args[index] for index in self._trunk_inputs], *self._trunk_slots)
+
+    def _member(self, env: dict[fx.Node, Any], index: Tensor, *values: Tensor) -> Any:
+        joined, slots = values[: len(self._joined)], values[len(self._joined) :]
+        env = {**env, **dict(zip(self._joined, joined, strict=True))}
         if self._body:
             inputs = [env[node] for node in self._body.program.inputs]
             outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, inputs)
-            env = {**env, **dict(zip(self._body_outputs, outputs, strict=True))}
+            env.update(zip(self._body_outputs, outputs, strict=True))
         return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
 
 
 class _Body:
-    """The part of the network that differs between members, as far as the operator goes."""
+    """The part of the network that runs member by member, as far as the operator goes."""
 
     def __init__(
         self,
@@ -183,9 +244,15 @@ class _Body:
                 pool.close()
         self._pools = {self.threads.groups: self.threads}
 
-    def run_all(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Every member's outputs, each (M, ...)."""
-        rows = self.threads.map(lambda slots: self.run(*inputs, *slots), self.slots)
+    def run_all(self, inputs: list[Tensor], dims: Sequence[int | None] | None = None) -> list[Tensor]:
+        """Every member's outputs, each (M, ...), from inputs that they share or, where `dims` says so, have each."""
+        dims = dims or [None] * len(inputs)
+
+        def run(index: int) -> Any:
+            own = [x if dim is None else x.select(dim, index) for x, dim in zip(inputs, dims, strict=True)]
+            return self.run(*own, *self.slots[index])
+
+        rows = self.threads.map(run, range(len(self.slots)))
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -204,7 +271,7 @@ def _run_member(body: int, member: Tensor, inputs: list[Tensor]) -> list[Tensor]
 
 def _run_members(info: Any, in_dims: Any, body: int, member: Tensor, inputs: list[Tensor]) -> Any:
     """The vmap rule: all members in one go, in the order of the index (which `__call__` makes 0..M-1)."""
-    outputs = _bodies[body].run_all(inputs)
+    outputs = _bodies[body].run_all(inputs, in_dims[2])
     return outputs, [0] * len(outputs)
 
 
@@ -217,7 +284,7 @@ def prepare(
     members: StackedMembers,
     *example: Tensor,
     packed: bool | None = None,
-    groups: int | None = None,
+    schedule: Schedule | None = None,
     tolerance: float | None = None,
 ) -> ConvolutionForward:
     """Prepare the fastest vmapped forward known here for a convolutional network.
@@ -228,7 +295,7 @@ def prepare(
         example: The forward's arguments, (B, ...), of the size that is expected most often. Other batch and
             image sizes give right results too.
         packed: Run on oneDNN's prepacked weights; by default wherever the members are on a CPU.
-        groups: How many members run at the same time on a CPU; by default what is measured fastest here.
+        schedule: In which order the members are computed on a CPU; by default what is measured fastest here.
         tolerance: Largest difference to the members' own forward, relative to the output's largest value; by
             default 1e-5 in float32, and what the proof at load allows in half precision.
 
@@ -237,39 +304,70 @@ def prepare(
 
     Raises:
         UnsupportedModel: The model has no convolution, can't be traced, has weights in a dtype that is no
-            faster here, or doesn't keep the tolerance on the example.
+            faster here, can't be run in the schedule, or doesn't keep the tolerance on the example.
         LoadError: The members don't fill the model, or it is in training mode.
 
     Note:
         Holds its own, folded and packed, copy of every convolution's weights.
     """
-    with torch.no_grad():
-        forward = build_prepared(model, members, *example, packed=packed)
-        _check_equal(forward, EnsembleForward(model, members), example, tolerance)
-        choose_groups(forward, len(members.names), example, groups)
+    forward = build_prepared(model, members, [example], packed, schedule)
+    _check_equal(forward, EnsembleForward(model, members), example, tolerance)
     return forward
 
 
 def build_prepared(
-    model: nn.Module, members: StackedMembers, *example: Tensor, packed: bool | None = None
+    model: nn.Module,
+    members: StackedMembers,
+    examples: Sequence[tuple[Tensor, ...]],
+    packed: bool | None = None,
+    schedule: Schedule | None = None,
 ) -> ConvolutionForward:
-    """As `prepare`, but neither compared with the members' own forwards nor measured: the caller does both.
+    """As `prepare`, but not compared with the members' own forwards: the caller does.
+
+    Args:
+        model: As for `prepare`.
+        members: As for `prepare`.
+        examples: Argument tuples of the sizes that will be served; the weights are packed for the first.
+        packed: As for `prepare`.
+        schedule: As for `prepare`.
 
     Raises:
-        UnsupportedModel: The model has no convolution, can't be traced, or isn't float32.
+        UnsupportedModel: The model has no convolution, can't be traced, isn't of a fast dtype, or can't be run in
+            the schedule.
         LoadError: The members don't fill the model, or it is in training mode.
     """
-    tensors = [*members.stacked.values(), *members.shared.values()]
     check_dtypes(members)
     with torch.no_grad():
         EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
-        lowered = lower_model(model, members)
-        nodes = lowered.nodes()
-        if not any(node.target in CONVOLUTIONS for node in nodes):
-            raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
-        on_cpu = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
-        cut = find_cut(lowered, nodes) if (on_cpu if packed is None else packed) else 0
-        return ConvolutionForward(lowered, len(members.names), pack_graph(lowered, cut, example))
+        build = partial(_build, model, members, examples[0], packed)
+        if schedule is not None:
+            forward = build(joint=schedule.joint)
+            forward.schedule = schedule
+            forward.keep_schedule()
+            return forward
+        forwards = [build(joint=False)]
+        if forwards[0].runs_apart:
+            with suppress(UnsupportedModel):  # some steps can't be joined: nothing to choose
+                forwards.append(build(joint=True))
+        forward = choose_schedule(forwards, examples)
+        forward.reason += f"; {forward.schedule}"
+        return forward
+
+
+def _build(
+    model: nn.Module, members: StackedMembers, example: tuple[Tensor, ...], packed: bool | None, *, joint: bool
+) -> ConvolutionForward:
+    lowered, count = lower_model(model, members), len(members.names)
+    if not any(node.target in CONVOLUTIONS for node in lowered.nodes()):
+        raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
+    tensors = [*members.stacked.values(), *members.shared.values()]
+    if packed is None:
+        packed = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if joint:
+        values = record_values(lowered, lowered.nodes(), example)
+        join_members(lowered, count, values)
+    cut = find_cut(lowered, lowered.nodes()) if packed else 0
+    return ConvolutionForward(lowered, count, pack_graph(lowered, cut, example), joint)
 
 
 def check_dtypes(members: StackedMembers) -> None:
@@ -298,13 +396,17 @@ def find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
 
     All of it, if members have convolutions of their own: a linear layer behind them is measured faster on the
     core where its member's convolutions ran than as one batched product over all members, for which the cores
-    wait for one another. If only heads behind a shared trunk differ, the trunk alone, and the stock rules
-    make batched products of the heads.
+    wait for one another. If they lie side by side in the channels, up to the last large linear layer: one product
+    per member on packed weights is faster than a batched one on plain weights. If only heads behind a shared trunk
+    differ, the trunk alone, and the stock rules make batched products of the heads.
     """
     convolutions = [index for index, node in enumerate(nodes) if node.target in CONVOLUTIONS]
     if any(nodes[index] in lowered.batched for index in convolutions):
         return len(nodes)
-    return convolutions[-1] + 1
+    ends = [index for index, node in enumerate(nodes) if node in lowered.joined]
+    if ends:
+        ends += [index for index, node in enumerate(nodes) if is_large_linear(lowered, node)]
+    return max([*convolutions, *ends]) + 1
 
 
 def _used_by(nodes: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
@@ -339,39 +441,3 @@ def _check_equal(
     except Exception as error:
         name = type(reference.model).__name__
         raise UnsupportedModel(f"the prepared {name} doesn't run: {error}") from error
-
-
-_GROUP_ROUNDS = 5  # timed rounds per candidate at most, after one to warm up
-_GROUP_BUDGET_S = 3.0  # but only one round once this has passed
-
-
-def choose_groups(
-    forward: ConvolutionForward, count: int, example: Sequence[Tensor], groups: int | None = None
-) -> None:
-    """Share the threads between members as is fastest: all for one member, or one member for each.
-
-    Args:
-        forward: What to set.
-        count: M.
-        example: Arguments to measure on.
-        groups: What an earlier measurement chose; taken as it is.
-    """
-    threads = torch.get_num_threads()
-    candidates = sorted({1, min(count, threads)} | {g for g in (2, 4, 8) if g < min(count, threads)})
-    if groups is not None or len(candidates) == 1:
-        forward.groups = groups or 1
-        forward.keep_groups()
-        return
-    times_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
-    deadline_s = time.perf_counter() + _GROUP_BUDGET_S
-    for round_ in range(_GROUP_ROUNDS + 1):
-        if round_ > 1 and time.perf_counter() > deadline_s:
-            break
-        for candidate in candidates:
-            forward.groups = candidate
-            started = time.perf_counter()
-            forward(*example)
-            times_s[candidate].append(time.perf_counter() - started)
-    forward.groups = min(candidates, key=lambda candidate: statistics.median(times_s[candidate][1:]))
-    forward.keep_groups()
-    forward.reason += f", {forward.groups} members at a time"

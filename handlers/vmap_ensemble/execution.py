@@ -21,11 +21,12 @@ import torch
 
 from vmap_ensemble.choice_cache import Candidate, Choice, ChoiceCache
 from vmap_ensemble.chunking import is_out_of_memory
-from vmap_ensemble.convolution import build_prepared, choose_groups
+from vmap_ensemble.convolution import build_prepared
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.proof import Proof, compare_outputs, prove_equal, split_members
+from vmap_ensemble.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class ExecutionOptions:
         archive_sha: What the choice is for: a hash of the members.
         buckets: Batch sizes that CUDA graphs are recorded for.
         sample: Batch that what serves is proved on; by default the first example.
-        groups: How many members `prepared` runs at a time; measured by default.
+        schedule: In which order `prepared` computes the members; measured by default.
         packed: Loads the forward that the archive brings as native code; None if it brings none.
     """
 
@@ -90,7 +91,7 @@ class ExecutionOptions:
     archive_sha: str = ""
     buckets: tuple[int, ...] = BUCKETS
     sample: Args | None = None
-    groups: int | None = None
+    schedule: Schedule | None = None
     packed: Callable[[], Run] | None = None
 
 
@@ -159,7 +160,7 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         if name == "eager":
             return forward
         if name == "prepared":
-            return _prepare(forward, examples[0], options)
+            return _prepare(forward, examples, options)
         if name == "compiled" and options.packed is not None:
             return options.packed()
         if name == "compiled":
@@ -175,15 +176,10 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> Run:
+def _prepare(forward: EnsembleForward, examples: Sequence[Args], options: ExecutionOptions) -> Run:
     """Prepared weights, not yet compared with the members' own: that is done for every mode alike."""
-    own = forward.prepared(example)
-    if own is not None:
-        return own
-    with torch.no_grad():
-        prepared = build_prepared(forward.model, forward.members, *example)
-        choose_groups(prepared, len(forward.members.names), example, options.groups)
-    return prepared
+    own = forward.prepared(examples[0])
+    return build_prepared(forward.model, forward.members, examples, schedule=options.schedule) if own is None else own
 
 
 class _Auto:
@@ -212,13 +208,13 @@ class _Auto:
         best = self._best()
         execution = self._finish(best, self._reason(best), list(self.candidates.values()))
         if self.cache:
-            groups = getattr(execution.run, "groups", None)
-            self.cache.write(Choice(best, execution.reason, execution.candidates, groups), self._is_settled(best))
+            schedule = getattr(execution.run, "schedule", None)
+            self.cache.write(Choice(best, execution.reason, execution.candidates, schedule), self._is_settled(best))
         return execution
 
     def _reuse(self, choice: Choice) -> Execution | None:
         """The choice of an earlier start, proved anew; None, and listed as refused, if it can't be had any more."""
-        self.options = dataclasses.replace(self.options, groups=choice.groups)
+        self.options = dataclasses.replace(self.options, schedule=choice.schedule)
         try:
             self.runs[choice.name] = _build(choice.name, self.forward, self.examples, self.options)
             reason = f"{choice.reason} (measured at an earlier start)"

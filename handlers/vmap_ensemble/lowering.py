@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.steps import convolve, convolve_add
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
@@ -28,17 +29,6 @@ class UnsupportedModel(LoadError):
     """This preparation can't be had for the model; the text says why. Another mode still serves it."""
 
 
-# A linear layer of fewer weights costs more to call oneDNN for than it saves (10x128: 21 us in 8 bits, 4 us plain).
-MIN_LINEAR_WEIGHTS = 2**16
-
-# Name as oneDNN knows it -> (plain function, oneDNN's scalars). Only what both compute alike.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
-    "none": (lambda x: x, []),
-    "relu": (F.relu, []),
-    "hardtanh": (F.relu6, [0.0, 6.0]),
-    "swish": (F.silu, []),
-    "hardswish": (F.hardswish, []),
-}
 _ACTIVATION_OF_MODULE = {nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
 _ACTIVATION_OF_FUNCTION = {
     F.relu: "relu",
@@ -52,23 +42,6 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str) -> Tensor:
-    """One member's fused step in plain torch: what every faster kernel must equal. (B, C, H, W)."""
-    padding, stride, dilation, groups = settings
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return ACTIVATIONS[activation][0](y)
-
-
-def convolve_add(
-    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str
-) -> Tensor:
-    """As `convolve`, with the residual added before the activation."""
-    return ACTIVATIONS[activation][0](convolve(x, weight, bias, settings, "none") + other)
-
-
-CONVOLUTIONS = (convolve, convolve_add)
-
-
 @dataclass
 class LoweredModel:
     """The fused graph and what fills its slots.
@@ -79,6 +52,7 @@ class LoweredModel:
         slots: Slot name -> weights, (M, ...) if named in `stacked`, else (...), the same for all members.
         stacked: Names of the slots that differ between members.
         batched: Nodes whose value differs between members.
+        joined: Nodes whose value holds all members', (M, ...), from steps that ran for all of them at once.
     """
 
     graph: fx.Graph
@@ -86,6 +60,7 @@ class LoweredModel:
     slots: dict[str, Tensor] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
     batched: set[fx.Node] = field(default_factory=set)
+    joined: set[fx.Node] = field(default_factory=set)
 
     def nodes(self) -> list[fx.Node]:
         """What is computed, in order: neither arguments and slots nor the output."""
@@ -218,7 +193,7 @@ class _Lowering:
         self._fuse_activation(node)
 
     def _fold_batch_norm(self, node: fx.Node) -> fx.Node:
-        norm = _only_user(node)
+        norm = only_user(node)
         module = norm.target.module if norm is not None and isinstance(norm.target, _ModuleCall) else None
         if norm is None or not isinstance(module, nn.BatchNorm2d) or module.running_mean is None:
             return node
@@ -265,7 +240,7 @@ class _Lowering:
         return self.lowered.slots[slot.name].dtype
 
     def _fuse_addition(self, node: fx.Node) -> fx.Node:
-        add = _only_user(node)
+        add = only_user(node)
         is_addition = add is not None and (
             (add.op == "call_function" and add.target in _ADDITIONS)
             or (add.op == "call_method" and add.target in ("add", "add_"))
@@ -285,8 +260,8 @@ class _Lowering:
         return new
 
     def _fuse_activation(self, node: fx.Node) -> None:
-        user = _only_user(node)
-        name = None if user is None else _activation_name(user, self.root)
+        user = only_user(node)
+        name = None if user is None else activation_name(user, self.root)
         if user is None or name is None:
             return
         node.args = (*node.args[:-1], name)
@@ -305,7 +280,8 @@ class _ModuleCall:
         return functional_call(self.module, dict(weights), args, kwargs)
 
 
-def _activation_name(node: fx.Node, root: nn.Module) -> str | None:
+def activation_name(node: fx.Node, root: nn.Module) -> str | None:
+    """The activation that a node is, as oneDNN knows it."""
     if node.op == "call_module":
         return _ACTIVATION_OF_MODULE.get(type(root.get_submodule(str(node.target))))
     if node.op == "call_function":
@@ -319,7 +295,8 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that takes this one's value, if it is one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

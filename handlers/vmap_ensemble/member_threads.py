@@ -64,6 +64,10 @@ class MemberThreads:
             future.result()
         return results
 
+    def call(self, function: Callable[[], Result]) -> Result:
+        """The function's result, worked out on one of the threads, or here if there are none."""
+        return function() if self._pool is None else self._pool.submit(function).result()
+
     def close(self) -> None:
         """End the threads; the object isn't used afterwards."""
         if self._pool is not None:

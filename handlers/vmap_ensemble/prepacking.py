@@ -6,6 +6,7 @@ Packed for the example's size they stay right for every other size: oneDNN reord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
@@ -14,15 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vmap_ensemble.lowering import (
-    ACTIVATIONS,
-    CONVOLUTIONS,
-    MIN_LINEAR_WEIGHTS,
-    LoweredModel,
-    UnsupportedModel,
-    convolve,
-)
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, activation_name, only_user
 from vmap_ensemble.member_threads import MemberThreads
+from vmap_ensemble.steps import ACTIVATIONS, CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, multiply_members
 
 _MULTIPLY = torch.ops.mkldnn._linear_pointwise.default
 # Order for products of about so many rows: for one as well (9216 to 128 on one core, 0.14 ms against 0.20 ms packed
@@ -61,7 +56,8 @@ def record_values(
     interpreter.env = values
     for node in nodes:
         try:
-            values[node] = interpreter.run_node(node)
+            value = interpreter.run_node(node)
+            values[node] = value[index] if node in lowered.joined else value
         except Exception as error:
             raise UnsupportedModel(f"the example doesn't fit the model at its step '{node.name}': {error}") from error
     return values
@@ -103,24 +99,54 @@ def pack_convolutions(
     return packed
 
 
-def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> dict[str, list[Tensor]]:
-    """Replace large linear layers of (B, in) rows by oneDNN's, in place; arguments and result as of convolutions."""
-    packed: dict[str, list[Tensor]] = {}
-    for node in nodes:
-        if node.target is not F.linear or node.kwargs or len(node.args) != 3:
+def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> dict[str, list[Any]]:
+    """Replace large linear layers by oneDNN's, in place; arguments and result as of convolutions.
+
+    A relu behind one becomes part of it, and leaves `nodes`. A layer of all members gets theirs as one.
+    """
+    packed: dict[str, list[Any]] = {}
+    for node in list(nodes):
+        if not is_large_linear(lowered, node):
             continue
         x, weight, bias = cast(Any, node.args)
-        tensor = lowered.slots.get(getattr(weight, "name", ""))
-        if tensor is None or values[x].dim() != 2 or tensor.dtype != torch.float32:
+        joined, tensor = node.target is multiply_members, lowered.slots[weight.name]
+        if values[x].dim() != (3 if joined else 2):
             continue
-        if tensor.shape[-2] * tensor.shape[-1] < MIN_LINEAR_WEIGHTS:
-            continue
+        rows = tensor.unbind() if joined or weight.name in lowered.stacked else (tensor,)
         slot = _insert_slot(lowered, weight)
-        rows = tensor.unbind() if weight.name in lowered.stacked else (tensor,)
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        packed[slot.name] = [reorder(row.contiguous(), LINEAR_ROWS) for row in rows]
-        node.target, node.args = _MULTIPLY, (x, slot, bias, "none", [], "")
+        own = [torch.ops.mkldnn._reorder_linear_weight(row.contiguous(), LINEAR_ROWS) for row in rows]
+        packed[slot.name] = [own] if joined else own
+        activation = "relu" if _swallow_relu(lowered, node, nodes) else "none"
+        node.target = multiply_packed if joined else _MULTIPLY
+        node.args = (x, slot, bias, activation) if joined else (x, slot, bias, activation, [], "")
+        if joined and not weight.users:
+            lowered.slots[slot.name] = lowered.slots[weight.name] = tensor.new_empty(0)
     return packed
+
+
+def multiply_packed(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, activation: str) -> Tensor:
+    """Every member's linear layer on packed weights: (M, B, in) -> (M, B, out)."""
+    biases = [None] * len(weights) if bias is None else bias
+    rows = zip(x, weights, biases, strict=True)
+    return torch.stack([_MULTIPLY(row, weight, own, activation, [], "") for row, weight, own in rows])
+
+
+def is_large_linear(lowered: LoweredModel, node: fx.Node) -> bool:
+    """Whether the node is a linear layer that is worth oneDNN's packed weights."""
+    if node.target not in (F.linear, multiply_members) or node.kwargs or len(node.args) != 3:
+        return False
+    weight = lowered.slots.get(getattr(node.args[1], "name", ""))
+    return weight is not None and weight.dtype == torch.float32 and math.prod(weight.shape[-2:]) >= MIN_LINEAR_WEIGHTS
+
+
+def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) -> bool:
+    user = only_user(node)
+    if user is None or user not in nodes or activation_name(user, lowered.root) != "relu":
+        return False
+    user.replace_all_uses_with(node)
+    lowered.graph.erase_node(user)
+    nodes.remove(user)
+    return True
 
 
 def _pack_weight(

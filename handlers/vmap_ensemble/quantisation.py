@@ -14,16 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import (
-    CONVOLUTIONS,
-    MIN_LINEAR_WEIGHTS,
-    LoweredModel,
-    UnsupportedModel,
-    convolve,
-    convolve_add,
-    drop_unused_slots,
-    mark_batched,
-)
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched
 from vmap_ensemble.quantised_steps import (
     Layer,
     Scale,
@@ -36,6 +27,7 @@ from vmap_ensemble.quantised_steps import (
     quantise_weight,
     scale_of_range,
 )
+from vmap_ensemble.steps import CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, convolve_add
 
 # Name of a value -> (lowest, highest) per member, or once where all members share the value.
 Ranges = Mapping[str, Sequence[Sequence[float]]]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.calibration import Batch, quantisable_head
-from vmap_ensemble.convolution import ConvolutionForward, PackedGraph, choose_groups
+from vmap_ensemble.convolution import ConvolutionForward, PackedGraph
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
@@ -19,6 +19,7 @@ from vmap_ensemble.prepacking import member_slot, record_values
 from vmap_ensemble.quantisation import Ranges, quantise_graph
 from vmap_ensemble.quantised_kernels import pack_quantised
 from vmap_ensemble.quantised_steps import Layer
+from vmap_ensemble.schedule import Schedule, choose_schedule
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
@@ -35,7 +36,7 @@ class QuantisedForward(EnsembleForward):
         members: M stacked members, float32, on a CPU.
         ranges: From `calibration.calibrate`, for these members in this order.
         example: The model's arguments, (B, ...), of the size that is expected most often.
-        groups: How many members run at the same time; by default what is measured fastest here.
+        schedule: How many members run at the same time; by default what is measured fastest here.
 
     Attributes:
         reason: One line on what was prepared.
@@ -48,7 +49,12 @@ class QuantisedForward(EnsembleForward):
     tolerance = 5e-2
 
     def __init__(
-        self, model: nn.Module, members: StackedMembers, ranges: Ranges, example: Batch, groups: int | None = None
+        self,
+        model: nn.Module,
+        members: StackedMembers,
+        ranges: Ranges,
+        example: Batch,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__(model, members)
         _check_members(members)
@@ -65,8 +71,11 @@ class QuantisedForward(EnsembleForward):
             self._slots = [[member_slot(lowered, filled, name, i) for name in plain.slots] for i in range(count)]
             values = record_values(lowered, head, example, filled)
             self._run = _build(lowered, count, PackedGraph(head, tail, values, filled, ""))
-            choose_groups(self._run, count, example, groups)
-        self.reason = self._run.reason
+            if schedule is None:
+                choose_schedule([self._run], [example])
+            else:
+                self._run.schedule = schedule
+        self.reason = f"{self._run.reason}; {self._run.schedule}"
 
     def __call__(self, *args: Any) -> Any:
         """Run every member on the same arguments in one vmapped call; outputs (M, B, ...)."""

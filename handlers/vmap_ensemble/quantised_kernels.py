@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vmap_ensemble.lowering import ACTIVATIONS, LoweredModel
+from vmap_ensemble.lowering import LoweredModel
 from vmap_ensemble.prepacking import is_consumable
 from vmap_ensemble.quantised_steps import (
     Layer,
@@ -21,6 +21,7 @@ from vmap_ensemble.quantised_steps import (
     linear_u8,
     max_pool_u8,
 )
+from vmap_ensemble.steps import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)

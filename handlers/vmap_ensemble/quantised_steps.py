@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmap_ensemble.lowering import convolve, convolve_add
+from vmap_ensemble.steps import convolve, convolve_add
 
 LEVELS, WEIGHT_LEVELS = 255, 127
 

@@ -1,7 +1,6 @@
 """The prepared convolutional forward equals the members' own forwards, or refuses and says why."""
 
 import collections
-import time
 
 import pytest
 import torch
@@ -9,12 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmap_ensemble import prepacking
+from vmap_ensemble import prepacking, schedule
 from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
+from vmap_ensemble.schedule import Schedule
+
+APART, JOINT = Schedule(False, 1), Schedule(True, 0)
 
 
 class Plain(nn.Module):
@@ -113,8 +115,21 @@ class Patches(nn.Module):
         return {"tokens": tokens, "gate": torch.sigmoid(first) * second / hidden, "sum": tokens.sum(1)}
 
 
+class Flat(nn.Module):
+    """Flattened values of several positions, whose order the linear layer's columns must follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 12), nn.ReLU(), nn.Linear(12, 10, bias=False))
+
+    def forward(self, x):
+        return F.log_softmax(self.head(self.features(x)), dim=1)
+
+
 CASES = {
     "plain": (Plain, (1, 14, 14)),
+    "flat": (Flat, (1, 14, 14)),
     "residual": (Residual, (3, 16, 16)),
     "mobile": (Mobile, (3, 20, 20)),
     "patches": (Patches, (3, 16, 16)),
@@ -177,8 +192,62 @@ def test_equals_the_loop(case, packed, count):
     make, shape = CASES[case]
     models, members = build_members(make, count)
     x = torch.randn(3, *shape)
-    forward = prepare(make().eval(), members, x, packed=packed, groups=1)
+    forward = prepare(make().eval(), members, x, packed=packed, schedule=APART)
     assert_equal(forward(x), run_loop(models, x))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("case", ["plain", "flat", "residual"])
+def test_joined_members_equal_the_loop(case, images, count):
+    make, shape = CASES[case]
+    models, members = build_members(make, count)
+    forward = prepare(make().eval(), members, torch.randn(3, *shape), schedule=Schedule(True, images))
+    for size in (3, 1, 4):
+        x = torch.randn(size, *shape)
+        assert_equal(forward(x), run_loop(models, x))
+
+
+@pytest.mark.parametrize("shared", ["head.1.weight", "head.1", "head", "features"])
+def test_joined_members_with_layers_in_common(shared):
+    models, members = build_members(Flat, 3, shared)
+    x = torch.randn(2, 1, 14, 14)
+    schedule = APART if shared == "features" else JOINT  # without a convolution of their own nothing is joined
+    assert_equal(prepare(Flat().eval(), members, x, schedule=schedule)(x), run_loop(models, x))
+
+
+@pytest.mark.parametrize("make", [Headed, HeadedResidual])
+def test_joined_heads_read_a_shared_trunk(make):
+    models, members = build_members(make, 3, "trunk")
+    x = torch.randn(2, 3, 12, 12)
+    assert_equal(prepare(make().eval(), members, x, schedule=JOINT)(x), run_loop(models, x))
+
+
+def test_joined_members_leave_other_steps_to_vmap():
+    models, members = build_members(Patches, 3)
+    x = torch.randn(2, 3, 16, 16)
+    assert_equal(prepare(Patches().eval(), members, x, schedule=JOINT)(x), run_loop(models, x))
+
+
+def test_joined_members_are_one_call_of_each_step(monkeypatch):
+    import vmap_ensemble.convolution as module
+
+    monkeypatch.setattr(module, "vmap", None)  # every step has its rule: nothing is left for it
+    models, members = build_members(Residual, 5)
+    x = torch.randn(2, 3, 16, 16)
+    forward = prepare(Residual().eval(), members, x, schedule=JOINT)
+    with CountCalls() as counted:
+        got = forward(x)
+    assert_equal(got, run_loop(models, x))
+    steps = {name: n for name, n in counted.calls.items() if "mkldnn" in name}
+    assert steps == {"mkldnn::_convolution_pointwise": 3, "mkldnn::_convolution_pointwise_": 1}
+    assert counted.calls["aten::baddbmm"] == 1
+
+
+def test_steps_that_mix_channels_before_a_convolution_are_not_joined():
+    _, members = build_members(Mobile, 2)
+    with pytest.raises(UnsupportedModel, match="can't be joined: its input is neither joined nor shared"):
+        prepare(Mobile().eval(), members, torch.randn(1, 3, 20, 20), schedule=JOINT)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -186,8 +255,8 @@ def test_members_on_threads_keep_their_order(groups):
     models, members = build_members(Residual, 5)
     x = torch.randn(2, 3, 16, 16)
     threads = torch.get_num_threads()
-    forward = prepare(Residual().eval(), members, x, groups=groups)
-    assert forward.groups == groups
+    forward = prepare(Residual().eval(), members, x, schedule=Schedule(False, groups))
+    assert forward.schedule == Schedule(False, groups)
     for _ in range(3):
         assert_equal(forward(x), run_loop(models, x))
     assert torch.get_num_threads() == threads
@@ -222,7 +291,7 @@ def test_meta_skeleton_is_enough():
 def test_batch_norm_and_residual_leave_no_step_of_their_own():
     _, members = build_members(Residual, 2)
     x = torch.randn(1, 3, 16, 16)
-    forward = prepare(Residual().eval(), members, x, groups=1)
+    forward = prepare(Residual().eval(), members, x, schedule=APART)
     with CountCalls() as counted:
         forward(x)
     steps = {name: n for name, n in counted.calls.items() if "mkldnn" in name}
@@ -240,7 +309,7 @@ def test_shared_trunk_runs_once(shared_norm):
         for index, model in enumerate(models):
             model.trunk[1].running_mean.copy_(members.stacked["trunk.1.running_mean"][index])
     x = torch.randn(2, 3, 12, 12)
-    forward = prepare(Headed().eval(), members, x, groups=1)
+    forward = prepare(Headed().eval(), members, x, schedule=APART)
     assert_equal(forward(x), run_loop(models, x))
     with CountCalls() as counted:
         forward(x)
@@ -319,7 +388,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_loop(case):
 def test_a_shared_value_is_not_overwritten_by_a_members_sum():
     models, members = build_members(HeadedResidual, 3, "trunk")
     x = torch.randn(2, 3, 10, 10)
-    assert_equal(prepare(HeadedResidual().eval(), members, x, groups=1)(x), run_loop(models, x))
+    assert_equal(prepare(HeadedResidual().eval(), members, x, schedule=APART)(x), run_loop(models, x))
 
 
 def test_a_model_without_convolutions_is_refused():
@@ -381,27 +450,39 @@ def test_is_one_vmapped_call(monkeypatch):
     assert calls == [1]
 
 
-def test_the_faster_share_of_threads_is_kept(monkeypatch):
-    """With every run of one member at a time slowed down, two at a time must win, and the other way round."""
-    from vmap_ensemble import convolution
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch, count):
+    monkeypatch.setattr(prepacking, "MIN_LINEAR_WEIGHTS", 12 * 288)
+    models, members = build_members(Flat, count)
+    x = torch.randn(3, 1, 14, 14)
+    forward = prepare(Flat().eval(), members, x, schedule=JOINT)
+    assert "and 1 linear layers" in forward.reason  # the last one is small
+    for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
+        with CountCalls() as counted:
+            got = forward(batch)
+        assert counted.calls["mkldnn::_linear_pointwise"] == count
+        assert counted.calls["aten::relu"] == 0
+        assert_equal(got, run_loop(models, batch))
 
+
+@pytest.mark.parametrize("fast", [Schedule(False, 1), Schedule(False, 2), Schedule(True, 0), Schedule(True, 1)])
+def test_the_fastest_schedule_is_kept(monkeypatch, fast):
+    """Each of them wins where its readings are the shortest."""
     models, members = build_members(Plain, 4)
-    x = torch.randn(1, 1, 14, 14)
-    real = convolution._Body.run_all
+    x = torch.randn(2, 1, 14, 14)
+
+    def read(forward, example, warm):
+        forward(*example)
+        return 1.0 if forward.schedule == fast else 1.1
+
+    monkeypatch.setattr(schedule, "_read", read)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for slow, fast in ((1, 2), (2, 1)):
-
-            def run_all(body, inputs, slow=slow):
-                time.sleep(0.3 if body.threads.groups == slow else 0)
-                return real(body, inputs)
-
-            monkeypatch.setattr(convolution._Body, "run_all", run_all)
-            forward = prepare(Plain().eval(), members, x)
-            assert forward.groups == fast
-            assert forward.reason.endswith(f"{fast} members at a time")
-            assert_equal(forward(x), run_loop(models, x))
+        forward = prepare(Plain().eval(), members, x)
+        assert forward.schedule == fast
+        assert forward.reason.endswith(str(fast))
+        assert_equal(forward(x), run_loop(models, x))
     finally:
         torch.set_num_threads(before)
 

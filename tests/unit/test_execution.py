@@ -12,6 +12,7 @@ from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.execution import ExecutionOptions, build_execution
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.members import StackedMembers
+from vmap_ensemble.schedule import Schedule
 
 
 class Net(nn.Module):
@@ -208,15 +209,21 @@ def test_a_choice_of_a_busy_machine_is_measured_once_more_and_then_kept(monkeypa
     assert ["earlier start" in reason for reason in reasons] == [False, False, True]
 
 
-def test_the_groups_of_a_cached_choice_are_not_measured_again(monkeypatch, tmp_path):
+def test_the_schedule_of_a_cached_choice_is_not_measured_again(monkeypatch, tmp_path):
     slow_down(monkeypatch, {"reference", "eager"})
-    monkeypatch.setattr(Named, "groups", 2, raising=False)
+    chosen = Schedule(joint=True, at_a_time=1)
+    monkeypatch.setattr(Named, "schedule", chosen, raising=False)
     options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
     build_execution("auto", build_forward(), EXAMPLES, options)
-    asked = []
-    monkeypatch.setattr(execution, "choose_groups", lambda forward, count, example, groups: asked.append(groups))
+    asked, real = [], execution.build_prepared
+
+    def build(model, members, examples, schedule):
+        asked.append(schedule)
+        return real(model, members, examples, schedule=Schedule(joint=False, at_a_time=1))
+
+    monkeypatch.setattr(execution, "build_prepared", build)
     assert build_execution("auto", build_forward(), EXAMPLES, options).name == "prepared"
-    assert asked == [2]
+    assert asked == [chosen]
 
 
 @pytest.mark.parametrize("change", ["archive", "examples", "threads"])

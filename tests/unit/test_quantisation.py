@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.test_convolution import CASES, Headed, build_members
+from tests.unit.test_convolution import APART, CASES, Headed, build_members
 from vmap_ensemble import quantised_kernels as kernels
 from vmap_ensemble import quantised_steps as q8
 from vmap_ensemble.calibration import calibrate
 from vmap_ensemble.convolution import UnsupportedModel
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import ACTIVATIONS
 from vmap_ensemble.precision import Precision
 from vmap_ensemble.proof import prove_equal
 from vmap_ensemble.quantised_forward import QuantisedForward, quantise_forward
+from vmap_ensemble.steps import ACTIVATIONS
 
 CONVOLUTIONS = {
     "3x3": (8, 16, 3, [[1, 1], [1, 1], [1, 1], 1]),
@@ -121,12 +121,12 @@ def test_weights_are_rounded_per_output_channel():
     assert not rounded[3].any()
 
 
-def quantised(make, count, shape, shared_prefix=None, groups=None):
+def quantised(make, count, shape, shared_prefix=None, schedule=None):
     """8-bit members, calibrated on the batch that is returned, and the float32 members."""
     models, members = build_members(make, count, shared_prefix)
     x = torch.randn(4, *shape)
     ranges = calibrate(make().eval(), members, [(x[:2],), (x[2:],)])
-    return QuantisedForward(make().eval(), members, ranges, (x,), groups), models, x
+    return QuantisedForward(make().eval(), members, ranges, (x,), schedule), models, x
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -150,7 +150,7 @@ def test_other_batch_sizes_than_the_examples_are_right():
 
 
 def test_a_trunk_that_all_share_is_computed_once_and_heads_differ():
-    forward, models, x = quantised(Headed, 3, (3, 12, 12), shared_prefix="trunk", groups=1)
+    forward, models, x = quantised(Headed, 3, (3, 12, 12), shared_prefix="trunk", schedule=APART)
     with torch.no_grad():
         got, want = forward(x), torch.stack([model(x) for model in models])
     assert (got - want).abs().max() < 0.08 * want.abs().max()
@@ -176,7 +176,7 @@ def _count(forward, x):
 
 def test_values_stay_8_bit_between_layers():
     make, shape = CASES["residual"]
-    forward, _, x = quantised(make, 2, shape, groups=1)
+    forward, _, x = quantised(make, 2, shape, schedule=APART)
     names = _count(forward, x)
     assert names["quantize_per_tensor"] == 1  # the input, once for both members
     assert names["onednn.qconv_pointwise"] == 2 * 2
