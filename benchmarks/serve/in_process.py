@@ -139,7 +139,9 @@ def load_rivals(subject: Subject, options: argparse.Namespace, scratch: Path, th
     return rivals
 
 
-def measure(rivals: dict[str, Served], bodies: list[bytes], rounds: int, calls: int = 10) -> dict[str, dict[str, Any]]:
+def measure(
+    rivals: dict[str, Served], bodies: list[bytes], rounds: int, calls: int = 10
+) -> dict[str, dict[str, Any]]:
     """Microseconds of one batch of each rival: all of it, in the forward, and the rest."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for round_ in range(rounds + 2):
