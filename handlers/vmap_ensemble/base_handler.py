@@ -100,6 +100,7 @@ class VmapEnsembleHandler(LoadedEnsemble):
                 replies[index] = self._reply(request, own)
         texts = [self._finish(reply, index) for index, reply in enumerate(replies)]
         self._record(len(examples), parsed_at - start, predicted_at - parsed_at, predicted_at)
+        self.metrics.flush()
         return texts
 
     def _special_reply(self, row: dict[str, Any], headers: dict[str, Any]) -> Any:

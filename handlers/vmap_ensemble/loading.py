@@ -122,6 +122,7 @@ class LoadedEnsemble(BaseHandler):
             logger.error("cannot serve %s: %s", context.model_name, error)
             raise
         self.initialized = True
+        self.metrics.flush()
         quieten_worker()
         logger.info("ready: %s", json.dumps(self._summary()))
 
