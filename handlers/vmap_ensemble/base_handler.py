@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from itertools import islice
@@ -63,6 +63,24 @@ class VmapEnsembleHandler(LoadedEnsemble):
             examples: What `parse` returned, one per example.
         """
         return self.class_answers(outputs, weights, options)
+
+    def parse_items(self, items: Sequence[Any]) -> list[Any]:
+        """`parse` each item of a batch; where one fails its error stands in place of the example."""
+        return self.try_all(self.parse, items)
+
+    def try_all(self, parse: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+        """What `parse` makes of each job, or the error it raises; in threads from `threads_from_bytes` on."""
+
+        def attempt(job: Any) -> Any:
+            try:
+                return parse(job)
+            except Exception as error:
+                return error
+
+        least = self.threads_from_bytes
+        if least is None or sum(map(_count_bytes, jobs)) < least:
+            return [attempt(job) for job in jobs]
+        return self.parsers.map(attempt, jobs)
 
     def explain_request(self, request: Request) -> Any:
         """Answer an explanations request."""
@@ -142,7 +160,7 @@ class VmapEnsembleHandler(LoadedEnsemble):
             The requests that are left, and their examples and options, one per item, in the same order.
         """
         items = [item for request in requests.values() for item in request.items]
-        parsed = iter(self.parsers.map(self._try_to_parse, items))
+        parsed = iter(self.parse_items(items))
         left: dict[int, Request] = {}
         examples: list[Any] = []
         options: list[Options] = []
@@ -156,13 +174,6 @@ class VmapEnsembleHandler(LoadedEnsemble):
                 examples += own
                 options += [request.options] * len(own)
         return left, examples, options
-
-    def _try_to_parse(self, item: Any) -> Any:
-        """The example of an item, or the error that its request is answered with."""
-        try:
-            return self.parse(item)
-        except Exception as error:
-            return error
 
     def weights_of(self, options: Sequence[Options]) -> Tensor:
         """(M, B) weights: the settings', 0 for members outside an example's subset."""
@@ -239,6 +250,15 @@ class VmapEnsembleHandler(LoadedEnsemble):
         respond_s = time.perf_counter() - predicted_at
         self.metrics.record("EnsembleRespondTime", respond_s)
         self.phases_s.setdefault("first_request", parse_s + forward_s + respond_s)
+
+
+def _count_bytes(job: Any) -> int:
+    """Bytes of the files and texts in an item, or in what belongs to it; numbers of a list count nothing."""
+    if isinstance(job, (bytes, bytearray, str)):
+        return len(job)
+    if isinstance(job, Mapping):
+        job = tuple(job.values())
+    return sum(map(_count_bytes, job)) if isinstance(job, tuple) else 0
 
 
 def _where(error: Exception) -> str:

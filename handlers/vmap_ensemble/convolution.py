@@ -82,6 +82,7 @@ class ConvolutionForward:
 
     Attributes:
         groups: How many members run at the same time on a CPU, each on its share of the threads.
+        channels_last: Whether images are wanted in this memory format; others are copied into it.
         reason: One line on what was prepared.
     """
 
@@ -108,7 +109,7 @@ class ConvolutionForward:
         self._tail_dims = tuple(0 if name in lowered.stacked else None for name in self._tail.slots)
         device = next(iter(lowered.slots.values())).device
         self._index = torch.arange(count, device=device)
-        self._channels_last = bool(head) or device.type == "cuda"
+        self.channels_last = bool(head) or device.type == "cuda"
         self.reason = parts.reason
 
     @property
@@ -134,7 +135,7 @@ class ConvolutionForward:
         Returns:
             The model's output structure; each tensor (M, B, ...), member-major.
         """
-        if self._channels_last:
+        if self.channels_last:
             args = tuple(_to_channels_last(arg) for arg in args)
         with torch.no_grad():
             env = dict(zip(self._arguments, args, strict=False))

@@ -50,8 +50,8 @@ class LoadedEnsemble(BaseHandler):
         settings_class: The settings that this handler knows; override for options of your own.
         default_architecture: What is built where the settings name no architecture.
         default_input_shape: Shape of one example where the settings give none.
-        parses_in_threads: Whether `parse` is called for several items at a time, one per core: where an item
-            costs milliseconds outside of Python.
+        threads_from_bytes: Size of a batch's files and texts from which `parse` is called for several items at a
+            time, one per core: worth it where items cost most of their time outside of Python. None: never.
         settings: The archive's settings.
         forward: The vmapped forward of the members.
         execution: How the forward is run, and why.
@@ -63,7 +63,7 @@ class LoadedEnsemble(BaseHandler):
     settings_class: type[Settings] = Settings
     default_architecture: str = ""
     default_input_shape: tuple[int, ...] | None = None
-    parses_in_threads: bool = False
+    threads_from_bytes: int | None = None
     settings: Any
     forward: EnsembleForward
     proof: Proof
@@ -146,7 +146,7 @@ class LoadedEnsemble(BaseHandler):
         with self._phase("execution"):
             self.choose_execution(config)
         self._take_proof()
-        self.parsers = MemberThreads(self.threads if self.parses_in_threads else 1)
+        self.parsers = MemberThreads(1 if self.threads_from_bytes is None else self.threads)
 
     def open(self, folder: Path, settings: Settings) -> None:
         """Make ready for `load_forward` and `collate` outside of a server, on the CPU.

@@ -66,7 +66,7 @@ class QuantisedForward(EnsembleForward):
             values = record_values(lowered, head, example, filled)
             self._run = _build(lowered, count, PackedGraph(head, tail, values, filled, ""))
             choose_groups(self._run, count, example, groups)
-        self.reason = self._run.reason
+        self.reason, self.channels_last = self._run.reason, self._run.channels_last
 
     def __call__(self, *args: Any) -> Any:
         """Run every member on the same arguments in one vmapped call; outputs (M, B, ...)."""
