@@ -98,6 +98,15 @@ def test_parse_equals_the_weights_own_transform(resnet, image_file):
     assert torch.equal(handler.parse(image_file(image)), ResNet18_Weights.DEFAULT.transforms()(image))
 
 
+def test_large_photos_are_decoded_scaled_where_the_settings_say_so(resnet, image_file):
+    y, x = np.mgrid[0:400, 0:400] * 0.6
+    photo = image_file(np.stack([x, y, 255 - x], -1).astype(np.uint8), "JPEG")
+    settings = {"execution": "eager"}
+    whole = resnet(settings=settings).parse(photo)
+    scaled = resnet(settings={**settings, "jpeg_scaled_decoding": True}).parse(photo)
+    assert 0 < (whole - scaled).abs().max() < 4 / 255 / min(DEVIATION)
+
+
 class Inverted(ResNetHandler):
     """A parse of one's own."""
 
