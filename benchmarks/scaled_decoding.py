@@ -4,7 +4,7 @@
 
 Each photo, and larger versions of it, is turned into the input of torchvision's ImageNet transform: decoded whole,
 and scaled to at least 1, 2 and 4 times the side that the transform resizes to. Differences are of the input, in steps
-of the 256 that a pixel has, and of the mean probabilities of ResNet-18 members, whose weights are random unless given.
+of the 256 that a pixel has, and of the mean probabilities of ResNet-18 members, random unless given.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m benchmarks.serve.in_process --handler mnist --members 4 --batch 1 4 8
 
 Both archives are loaded by TorchServe's own model loader into this process and asked as a worker asks them, in turns:
-from the parsed message to the bytes of the answer. `forward` is the time inside the members' networks; the rest is
-reading, decoding, aggregating, answering, metrics and TorchServe's own share.
+from the parsed message to the bytes of the answer. `forward` is the time inside the members' networks; `around` is
+reading, decoding, aggregating, answering, metrics and TorchServe's own share. Before any of it both rivals'
+probabilities are compared with a plain loop's.
 """
 
 from __future__ import annotations
@@ -29,9 +30,19 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 
 from benchmarks.measure import describe_machine, describe_versions, write_json
-from benchmarks.serve.archives import ROOT, SUBJECTS, Subject, pack_ours, pack_stock, write_members
+from benchmarks.serve.archives import (
+    CLASSES,
+    ROOT,
+    SUBJECTS,
+    Subject,
+    loop_probabilities,
+    pack_ours,
+    pack_stock,
+    write_members,
+)
 from scripts.private_torchserve import add_archive
 
+TOLERANCE = 1e-4  # absolute, of a probability
 SETTLE_S = 0.02  # threads of the one before spin for 7 ms after its last parallel region
 
 
@@ -105,6 +116,14 @@ class Served:
         ]
         return bytes(self.service.predict(batch))
 
+    def probabilities(self, body: bytes) -> list[float]:
+        """The answer to one picture: the JSON object in the message, ours or {class: probability}."""
+        message = self.ask([body]).decode("utf-8", "replace")
+        answer, _ = json.JSONDecoder().raw_decode(message, message.index("{"))
+        if "top_k" in answer:
+            answer = {str(row["index"]): row["probability"] for row in answer["top_k"]}
+        return [answer[str(index)] for index in range(CLASSES)]
+
 
 @contextmanager
 def quiet_log() -> Iterator[None]:
@@ -121,22 +140,19 @@ def quiet_log() -> Iterator[None]:
         root.setLevel(level)
 
 
-def load_rivals(subject: Subject, options: argparse.Namespace, scratch: Path, threads: int) -> dict[str, Served]:
+def load_rivals(
+    subject: Subject, files: list[Path], scratch: Path, threads: int, execution: str = "auto"
+) -> dict[str, Served]:
     """The looping handler and ours, with the same members."""
-    files = write_members(subject, options.members, scratch)
-    rivals = {}
-    for name in ("loop", "ours"):
-        folder = scratch / name
+    folders = {name: scratch / f"{name}-packed" for name in ("loop", "ours")}
+    for folder in folders.values():
         folder.mkdir()
-        packed = scratch / f"{name}-packed"
-        packed.mkdir()
-        if name == "ours":
-            archive, more = pack_ours(subject, files, packed, options.execution), {}
-        else:
-            archive = pack_stock(subject, "ens", "loop.py", files[0], packed, tuple(files[1:]))
-            more = {"input": subject.input}
-        rivals[name] = Served(archive, folder, threads, more)
-    return rivals
+    loop = pack_stock(subject, "ens", "loop.py", files[0], folders["loop"], tuple(files[1:]))
+    ours = pack_ours(subject, files, folders["ours"], execution)
+    return {
+        "loop": Served(loop, scratch / "loop", threads, {"input": subject.input}),
+        "ours": Served(ours, scratch / "ours", threads, {}),
+    }
 
 
 def measure(
@@ -177,11 +193,18 @@ def main(arguments: list[str] | None = None) -> int:
     threads = options.threads or len(os.sched_getaffinity(0))
     machine = {**describe_machine(torch.device("cpu")), **describe_versions("torchserve")}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, quiet_log():
         os.environ["XDG_CACHE_HOME"] = scratch
-        rivals = load_rivals(subject, options, Path(scratch), threads)
-        for rival in rivals.values():
+        files = write_members(subject, options.members, Path(scratch))
+        want = loop_probabilities(subject, files, bodies)
+        rivals = load_rivals(subject, files, Path(scratch), threads, options.execution)
+        for name, rival in rivals.items():
+            difference = float((torch.tensor([rival.probabilities(body) for body in bodies]) - want).abs().max())
+            print(f"{name}: probabilities differ by {difference:.0e}")
+            if difference > TOLERANCE:
+                print(f"error: {name} differs from the loop by {difference:.1e}", file=sys.stderr)
+                return 1
             rival.time_forward()
         for size in options.batch:
             batch = list(itertools.islice(itertools.cycle(bodies), size))
