@@ -23,7 +23,7 @@ class MnistHandler(ImageEnsembleHandler):
 
     mode = "L"
     short_side = SIDE
-    threads_from_bytes = 65536  # a digit is decoded in less time than it takes to hand it to a thread
+    threads_from_bytes = 256 << 10  # smaller images are decoded in less time than it takes to hand them to threads
 
     default_architecture = "mnist"
     default_input_shape = (1, SIDE, SIDE)
