@@ -8,7 +8,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 from torchvision.models import get_model_weights, get_weight
+from torchvision.transforms import functional as F
+from torchvision.transforms._presets import ImageClassification
 
+from vmap_ensemble.batch_rows import PixelNormaliser
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.image_handler import ImageEnsembleHandler
 
@@ -35,6 +38,10 @@ class ResNetHandler(ImageEnsembleHandler):
     def preset(self) -> Any:
         """The transform that belongs to the weights: resize, crop, normalise; to the settings' size if given."""
         preset = self.weights.transforms()
+        if not isinstance(preset, ImageClassification):
+            raise SettingsError(
+                f"setup_config.json: transforms: expected weights of an image classifier, got {self.weights}"
+            )
         if self.settings.input_shape is None:
             return preset
         height, width = self.settings.input_shape[1:]
@@ -53,9 +60,16 @@ class ResNetHandler(ImageEnsembleHandler):
         sides = [int(side) for side in self.preset.crop_size]
         return (3, *(sides if len(sides) == 2 else sides * 2))
 
-    def transform(self, image: Image.Image) -> Tensor:
-        """Turn an RGB image into a normalised (3, crop, crop) float32 tensor."""
-        return self.preset(image)
+    @functools.cached_property
+    def normaliser(self) -> PixelNormaliser:
+        """Mean and deviation of the weights' transform."""
+        return PixelNormaliser(self.preset.mean, self.preset.std)
+
+    def transform(self, image: Image.Image, row: Tensor) -> None:
+        """Write an RGB image, resized, cropped and normalised as the preset does it, into a (3, crop, crop) row."""
+        preset = self.preset
+        image = F.resize(image, preset.resize_size, interpolation=preset.interpolation, antialias=preset.antialias)
+        self.normaliser.write(F.center_crop(image, preset.crop_size), row)
 
     def default_labels(self) -> dict[int, str] | None:
         """The categories of the weights, where the members have as many classes."""

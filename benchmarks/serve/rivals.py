@@ -130,6 +130,18 @@ class OursReference(Ours):
     execution = "reference"
 
 
+class OursTwice(Ours):
+    """Our archive with two workers: one decodes while the other computes, each with a copy of all members."""
+
+    name = "ours_two_workers"
+    text = "the same archive with two workers that share the cores"
+
+    def batching(self) -> dict[str, Any]:
+        """Two workers, each with half of the cores."""
+        threads = max(1, self.setting.cores // 2)
+        return {**super().batching(), "minWorkers": 2, "maxWorkers": 2, "handler": {"threads": threads}}
+
+
 class Separate(Rival):
     """N models; whoever asks has to ask all of them."""
 
@@ -204,4 +216,6 @@ def _wait_for_ping(server: TorchServe, timeout_s: float = 60.0) -> None:
     raise ServerError(f"no answer from TorchServe within {timeout_s:.0f} s:\n{explain_failure(server.launch)}")
 
 
-RIVALS: dict[str, type[Rival]] = {rival.name: rival for rival in (Separate, Ours, Loop, Workflow, OursReference)}
+RIVALS: dict[str, type[Rival]] = {
+    rival.name: rival for rival in (Separate, Ours, Loop, Workflow, OursReference, OursTwice)
+}

@@ -27,7 +27,10 @@ class ClassPrediction:
     Attributes:
         probabilities: (B, C) float32, the combined prediction; zeros where no member was usable.
         ranking: (B, C) int64, classes from most to least probable.
+        ranked_probabilities: (B, C) float32, `probabilities` in that order.
         member_probabilities: (M, B, C) float32, each member's own; zeros where it was not finite.
+        member_votes: (M, B) int64, each member's arg max; 0 where it was not finite.
+        member_top_probabilities: (M, B) float32, each member's probability of its own arg max.
         used: (M, B) bool, members with a positive weight and a finite output.
         finite: (M, B) bool, members whose output was finite.
         predictive_entropy: (B,) float32, of the mixture of the used members.
@@ -38,7 +41,10 @@ class ClassPrediction:
 
     probabilities: Tensor
     ranking: Tensor
+    ranked_probabilities: Tensor
     member_probabilities: Tensor
+    member_votes: Tensor
+    member_top_probabilities: Tensor
     used: Tensor
     finite: Tensor
     predictive_entropy: Tensor
@@ -70,30 +76,42 @@ def combine_classes(
         raise ValueError(
             f"expected logits (M, B, C) and weights (M, B), got {tuple(logits.shape)} and {tuple(weights.shape)}"
         )
-    logits = logits.float() / temperature
-    # A -inf log-probability is a legal zero; NaN, +inf and a row of -inf alone are not.
-    finite = ~(logits.isnan() | (logits == torch.inf)).any(-1) & (logits > -torch.inf).any(-1)
-    own = torch.where(finite[..., None], logits, 0.0).log_softmax(-1)
-    own_probabilities = own.exp() * finite[..., None]
+    # Few operators: on the outputs of small networks each costs more than what it computes.
+    own = scale(logits, temperature).log_softmax(-1)
+    # The log-softmax of a row with NaN, +inf or nothing but -inf is NaN throughout; a single -inf is a legal zero.
+    finite = ~own[..., 0].isnan()
+    own_probabilities = own.exp().nan_to_num(nan=0.0)
+    votes = own_probabilities.max(-1)
     share = share_weights(weights, finite)
-    used = share > 0
-    mixture = torch.einsum("mb,mbc->bc", share, own_probabilities)
-    combined = _combine(own, own_probabilities, share, mixture, method)
-    ranking = _rank(combined, mixture)
+    mixture = (share[..., None] * own_probabilities).sum(0)
+    if method == "mean_probability":
+        combined = mixture
+        ranked, ranking = mixture.sort(dim=-1, descending=True, stable=True)
+    else:
+        combined = _mean_logit(own, share) if method == "mean_logit" else _count_votes(votes.indices, share, mixture)
+        ranking = _rank(combined, mixture)
+        ranked = combined.gather(-1, ranking)
     total = entropy(mixture)
     expected = (share * entropy(own_probabilities)).sum(0)
-    agrees = own_probabilities.argmax(-1) == ranking[:, 0]
     return ClassPrediction(
         probabilities=combined,
         ranking=ranking,
+        ranked_probabilities=ranked,
         member_probabilities=own_probabilities,
-        used=used,
+        member_votes=votes.indices,
+        member_top_probabilities=votes.values,
+        used=share > 0,
         finite=finite,
         predictive_entropy=total,
         expected_entropy=expected,
         mutual_information=(total - expected).clamp_min(0),
-        agreement=(share * agrees).sum(0),
+        agreement=(share * (votes.indices == ranking[:, 0])).sum(0),
     )
+
+
+def scale(logits: Tensor, temperature: float) -> Tensor:
+    """(..., C) logits in float32, divided by the temperature."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def summands(logits: Tensor, method: Method, temperature: float) -> Tensor:
@@ -108,7 +126,7 @@ def summands(logits: Tensor, method: Method, temperature: float) -> Tensor:
     Returns:
         (..., C) float32: probabilities, or their logarithms for mean_logit.
     """
-    scaled = logits.float() / temperature
+    scaled = scale(logits, temperature)
     return scaled.log_softmax(-1) if method == "mean_logit" else scaled.softmax(-1)
 
 
@@ -118,16 +136,17 @@ def share_weights(weights: Tensor, finite: Tensor) -> Tensor:
     return share / share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
 
 
-def _combine(own: Tensor, own_probabilities: Tensor, share: Tensor, mixture: Tensor, method: Method) -> Tensor:
-    if method == "mean_probability":
-        return mixture
-    if method == "mean_logit":
-        # xlogy-like: a member with weight 0 adds 0 even where its log-probability is -inf.
-        weighted = torch.where(share[..., None] > 0, share[..., None] * own, 0.0).sum(0)
-        usable = (share > 0).any(0)
-        return torch.where(usable[:, None], weighted, 0.0).softmax(-1) * usable[:, None]
-    votes = torch.nn.functional.one_hot(own_probabilities.argmax(-1), own.shape[-1])
-    return torch.einsum("mb,mbc->bc", share, votes.to(share))
+def _mean_logit(own: Tensor, share: Tensor) -> Tensor:
+    # xlogy-like: a member with weight 0 adds 0 even where its log-probability is -inf or NaN.
+    weighted = torch.where(share[..., None] > 0, share[..., None] * own, 0.0).sum(0)
+    usable = (share > 0).any(0)
+    return torch.where(usable[:, None], weighted, 0.0).softmax(-1) * usable[:, None]
+
+
+def _count_votes(votes: Tensor, share: Tensor, mixture: Tensor) -> Tensor:
+    """(M, B) classes and their weights -> (B, C) shares of the votes."""
+    ballots = torch.nn.functional.one_hot(votes, mixture.shape[-1])
+    return torch.einsum("mb,mbc->bc", share, ballots.to(share))
 
 
 def _rank(combined: Tensor, mixture: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vmap_ensemble.aggregate import ClassPrediction, combine_classes
@@ -71,9 +71,9 @@ class ClassAnswers:
         """
         settings = self.settings
         prediction = combine_classes(logits, weights, settings.aggregation, settings.temperature)
-        asked = (weights > 0).cpu()
         rows = _Rows(prediction, max(o.top_k or settings.top_k for o in options))
-        return [self._answer(rows, b, option, asked[:, b].tolist()) for b, option in enumerate(options)]
+        asked = (weights > 0).T.tolist()
+        return [self._answer(rows, b, option, asked[b]) for b, option in enumerate(options)]
 
     def _answer(self, rows: _Rows, b: int, options: Options, asked: list[bool]) -> Answer | RequestError:
         used = [m for m, is_used in enumerate(rows.used[b]) if is_used]
@@ -129,23 +129,38 @@ class _Rows:
 
     def __init__(self, prediction: ClassPrediction, top_k: int) -> None:
         # A client's top_k may be larger than an int64.
-        top = prediction.ranking[:, : min(top_k, prediction.ranking.shape[-1])]
-        member_top = prediction.member_probabilities.max(-1)
-        self.top = top.tolist()
-        self.top_probabilities = prediction.probabilities.gather(-1, top).tolist()
+        top_k = min(top_k, prediction.ranking.shape[-1])
+        self.top = prediction.ranking[:, :top_k].tolist()
+        self.top_probabilities = prediction.ranked_probabilities[:, :top_k].tolist()
         self.used = prediction.used.T.tolist()
         self.finite = prediction.finite.T.tolist()
-        self.member_top = member_top.indices.tolist()
-        self.member_top_probabilities = member_top.values.tolist()
-        four = (
-            prediction.predictive_entropy,
-            prediction.expected_entropy,
-            prediction.mutual_information,
-            prediction.agreement,
-        )
-        self._uncertainty = torch.stack(four, dim=-1).tolist()
-        self.mutual_information = [row[2] for row in self._uncertainty]
+        self.mutual_information = prediction.mutual_information.tolist()
+        self._prediction = prediction
+
+    @functools.cached_property
+    def member_top(self) -> list[list[int]]:
+        """Each member's arg max per example; only a client that asks for members needs it."""
+        return self._prediction.member_votes.tolist()
+
+    @functools.cached_property
+    def member_top_probabilities(self) -> list[list[float]]:
+        """Each member's probability of its arg max."""
+        return self._prediction.member_top_probabilities.tolist()
+
+    @functools.cached_property
+    def _entropies(self) -> list[tuple[float, float]]:
+        p = self._prediction
+        return list(zip(p.predictive_entropy.tolist(), p.expected_entropy.tolist(), strict=True))
+
+    @functools.cached_property
+    def _agreement(self) -> list[float]:
+        return self._prediction.agreement.tolist()
 
     def uncertainty(self, b: int) -> dict[str, float]:
-        names = ("predictive_entropy", "expected_entropy", "mutual_information", "agreement")
-        return dict(zip(names, self._uncertainty[b], strict=True))
+        predictive, expected = self._entropies[b]
+        return {
+            "predictive_entropy": predictive,
+            "expected_entropy": expected,
+            "mutual_information": self.mutual_information[b],
+            "agreement": self._agreement[b],
+        }

@@ -94,6 +94,7 @@ class ConvolutionForward:
 
     Attributes:
         schedule: How much runs at the same time; to be set before the first call.
+        channels_last: Whether images are wanted in this memory format; others are copied into it.
         reason: One line on what was prepared.
     """
 
@@ -126,7 +127,7 @@ class ConvolutionForward:
         self._tail_dims = tuple(0 if name in lowered.stacked else None for name in self._tail.slots)
         device = next(iter(lowered.slots.values())).device
         self._index = torch.arange(count, device=device)
-        self._channels_last = bool(head) or device.type == "cuda"
+        self.channels_last = bool(head) or device.type == "cuda"
         self.reason = parts.reason
         self._schedule = Schedule(joint, 0 if joint else 1)
 
@@ -183,7 +184,7 @@ class ConvolutionForward:
 
     def _begin(self, args: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
         """Arguments and what is worked out for all members at once."""
-        if self._channels_last:
+        if self.channels_last:
             args = self._in_body(lambda: tuple(_to_channels_last(arg) for arg in args))
         env = dict(zip(self._arguments, args, strict=False))
         images = self._schedule.at_a_time if self._schedule.joint else 0

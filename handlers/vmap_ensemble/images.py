@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import struct
-import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -21,8 +20,9 @@ from vmap_ensemble.requests import decode_base64
 # Pillow knows far more; what is not in this list (EPS runs Ghostscript, say) never sees a client's bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ITEM_KEYS = ("data", "b64", "image")
-# Python's list of warning filters is one for all threads; reading a header takes microseconds.
-_OPENING = threading.Lock()
+_ORIENTATION = 0x0112
+# Pillow's own limit only warns up to twice its size; the check of max_pixels is the one that holds.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_item(item: Any) -> bytes | Tensor:
@@ -80,22 +80,22 @@ def check_shape(tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-def decode_image(data: bytes, mode: str, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, mode: str, max_pixels: int, short_side: int | None = None) -> Image.Image:
     """Decode an image file: upright (EXIF), 8 bits a channel, in the wanted mode.
 
     Args:
         data: The file; JPEG, PNG, WebP, GIF (first frame), BMP or TIFF.
         mode: `RGB` or `L`. Alpha is dropped and palettes are resolved, as torchvision's loader does.
         max_pixels: Larger images are refused before a pixel is decoded.
+        short_side: Decode a JPEG file at 1/2, 1/4 or 1/8 of its size, the smallest whose short side still has so many
+            pixels; None: at its own size. Fewer coefficients are transformed back, so pixels differ a little from
+            those of an image that was decoded whole and resized.
 
     Raises:
         RequestError: 415 where it is no image, 413 where it is too large, 400 where it is broken.
     """
     try:
-        with _OPENING, warnings.catch_warnings():
-            # Pillow's own limit only warns up to twice its size; the check below is the one that holds.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise RequestError(413, f"the image has too many pixels; at most {max_pixels} are read") from None
     except UnidentifiedImageError:
@@ -106,8 +106,12 @@ def decode_image(data: bytes, mode: str, max_pixels: int) -> Image.Image:
         width, height = image.size
         raise RequestError(413, f"the image has {width}x{height} pixels; at most {max_pixels} are read")
     try:
+        if short_side is not None:
+            image.draft(None, (short_side, short_side))  # only JPEG files know how
         image.load()
-        return _to_mode(ImageOps.exif_transpose(image), mode)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # else exif_transpose copies the image
+            return _to_mode(ImageOps.exif_transpose(image), mode)
+        return _to_mode(image, mode)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError):
         raise RequestError(400, "the image is broken or cut off: its pixels can't be read") from None
 

@@ -75,7 +75,7 @@ class QuantisedForward(EnsembleForward):
                 choose_schedule([self._run], [example])
             else:
                 self._run.schedule = schedule
-        self.reason = f"{self._run.reason}; {self._run.schedule}"
+        self.reason, self.channels_last = f"{self._run.reason}; {self._run.schedule}", self._run.channels_last
 
     def __call__(self, *args: Any) -> Any:
         """Run every member on the same arguments in one vmapped call; outputs (M, B, ...)."""

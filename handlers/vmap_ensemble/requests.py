@@ -28,6 +28,8 @@ OPTION_HEADERS = {
 PAYLOAD_KEYS = ("data", "body")
 MAX_ITEMS = 1024
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps makes one for each call
+
 Envelope = Literal["single", "list", "kserve_v1", "kserve_v2"]
 
 
@@ -296,6 +298,8 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 def dump_json(reply: Any) -> str:
     """Serialise a reply, strictly: NaN and unknown types raise ValueError or TypeError."""
-    text = json.dumps(reply, ensure_ascii=False, allow_nan=False)
+    text = _ENCODER.encode(reply)
+    if text.isascii():
+        return text
     # A lone surrogate that a reply quotes from its request would fail in the worker, with the whole batch.
     return text.encode("utf-8", "replace").decode("utf-8")

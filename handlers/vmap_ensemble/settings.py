@@ -91,6 +91,11 @@ class VisionSettings(Settings):
         "`ResNet18_Weights.IMAGENET1K_V1`; the architecture's default weights when not given.",
     )
     max_pixels: PositiveInt = Field(50_000_000, description="Larger images are refused with a 413.")
+    jpeg_scaled_decoding: bool = Field(
+        False,
+        description="Decode JPEG files at 1/2, 1/4 or 1/8 of their size where twice the pixels are left that the "
+        "transform resizes to: faster for large photos, and not quite the same pixels (docs/resnet.md).",
+    )
     quantization: Literal["int8"] | None = Field(
         None,
         description="`int8`: convolutions and large linear layers with 8-bit weights and activations, on a CPU; "

@@ -72,7 +72,7 @@ def test_the_archive_serves_its_native_code(unpacked):
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_auto_measures_it_as_a_candidate(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr("vmap_ensemble.base_handler.CACHE", tmp_path)
+    monkeypatch.setattr("vmap_ensemble.loading.CACHE", tmp_path)
     candidates = {candidate.name: candidate for candidate in serve(unpacked).execution.candidates}
     assert candidates["compiled"].latency_ms
     assert candidates["compiled"].refused is None
@@ -102,7 +102,7 @@ def test_code_for_something_else_is_refused(unpacked, name):
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_under_auto_a_mismatch_is_a_reason_and_is_counted(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr("vmap_ensemble.base_handler.CACHE", tmp_path)
+    monkeypatch.setattr("vmap_ensemble.loading.CACHE", tmp_path)
     recorded = []
     monkeypatch.setattr("vmap_ensemble.metrics.Metrics.record", lambda self, *row: recorded.append(row))
     retarget(unpacked, torch="1.0")

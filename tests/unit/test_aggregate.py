@@ -75,6 +75,16 @@ def test_member_that_is_not_finite_is_left_out_of_its_example_only(bad, method):
     torch.testing.assert_close(p.probabilities[:2], clean.probabilities[:2])
 
 
+@pytest.mark.parametrize("method", ["mean_probability", "mean_logit", "majority_vote"])
+def test_ranked_probabilities_and_members_own_choices(method):
+    logits = noise(3)
+    p = combine_classes(logits, torch.ones(3, 4), method)
+    assert torch.equal(p.ranked_probabilities, p.probabilities.gather(-1, p.ranking))
+    assert p.ranked_probabilities.diff(dim=-1).max() <= 1e-7  # equal votes are ranked by the mixture
+    assert torch.equal(p.member_votes, logits.argmax(-1))
+    torch.testing.assert_close(p.member_top_probabilities, logits.softmax(-1).amax(-1))
+
+
 def test_no_member_usable():
     p = combine_classes(torch.full((2, 1, 3), math.nan), torch.ones(2, 1), "mean_logit")
     assert p.probabilities.tolist() == [[0, 0, 0]]

@@ -308,12 +308,12 @@ def test_a_subset_without_weight_is_refused_alone(make_mnist, ask, digit):
 class Threaded(MnistHandler):
     """Parses two items at a time, or waits forever."""
 
-    parses_in_threads = True
+    threads_from_bytes = 0
     together = threading.Barrier(2)
 
-    def transform(self, image):
+    def transform(self, image, row):
         self.together.wait(timeout=30)
-        return super().transform(image)
+        super().transform(image, row)
 
 
 def test_items_are_parsed_in_threads_and_a_bad_one_fails_alone(make_mnist, ask, digit):

@@ -111,6 +111,49 @@ def test_long_thin_image_is_not_resized():
     check_resize(Image.new("L", (500, 400)), 256, 50_000_000)
 
 
+def drawing(side):
+    """Smooth colours with edges, as a photo has; not noise, which no decoder is made for."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    pixels = np.stack([255 * x, 255 * y, 128 + 100 * np.sin(9 * x * y)], -1)
+    pixels[(x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.04] = (250, 240, 20)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("short_side", "side"), [(None, 800), (800, 800), (401, 800), (400, 400), (150, 200), (1, 100)]
+)
+def test_jpeg_is_decoded_at_the_smallest_scale_that_is_large_enough(short_side, side, image_file):
+    ours = decode_image(image_file(drawing(800), "JPEG", quality=95), "RGB", LIMIT, short_side)
+    assert ours.size == (side, side)
+
+
+def test_scaled_decoding_comes_close_to_resizing(image_file):
+    data = image_file(drawing(800), "JPEG", quality=95)
+    whole, scaled = (
+        np.asarray(
+            decode_image(data, "RGB", LIMIT, short_side).resize((100, 100), Image.Resampling.BILINEAR), dtype=int
+        )
+        for short_side in (None, 200)
+    )
+    difference = np.abs(whole - scaled)
+    assert 0 < difference.max() <= 8
+    assert difference.mean() < 0.5
+
+
+def test_scaled_decoding_concerns_jpeg_alone_and_no_limit(image_file):
+    data = image_file(drawing(800))
+    assert np.array_equal(decode_image(data, "RGB", LIMIT, 100), decode_image(data, "RGB", LIMIT))
+    with pytest.raises(RequestError, match="800x800 pixels; at most 639999"):
+        decode_image(image_file(drawing(800), "JPEG"), "RGB", 639_999, 100)
+
+
+def test_scaled_decoding_turns_images_upright(image_file):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = image_file(drawing(800).crop((0, 0, 800, 400)), "JPEG", exif=exif)
+    assert decode_image(data, "RGB", LIMIT, 100).size == (100, 200)
+
+
 def test_tensors_keep_their_numbers():
     assert read_item({"data": [[1, 2.5]]}).tolist() == [[1.0, 2.5]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import statistics
 import threading
@@ -16,6 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import scaled_decoding
+from benchmarks.draw_sample_image import draw_landscape
+from benchmarks.serve import in_process
 from benchmarks.serve.__main__ import add_ratios
 from benchmarks.serve.archives import SUBJECTS, loop_probabilities, read_digits, write_members
 from benchmarks.serve.client import Client, Plan, Round, arrivals, run
@@ -190,3 +194,47 @@ def test_workflow_functions() -> None:
     assert workflow.receive([{"data": b"x"}, {"body": b"y"}], None) == [b"x", b"y"]
     row = {"m0": json.dumps({"0": 0.25}), "m1": json.dumps({"0": 0.75})}
     assert workflow.average([row], None) == [{"0": 0.5}]
+
+
+def test_a_batch_in_process_agrees_with_the_loop(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "rows.json"
+    threads = torch.get_num_threads()
+    root = logging.getLogger()
+    level = root.level
+    arguments = [
+        "--members",
+        "2",
+        "--batch",
+        "1",
+        "3",
+        "--rounds",
+        "1",
+        "--execution",
+        "prepared",
+        "--json",
+        str(file),
+    ]
+    assert in_process.main(arguments) == 0
+    torch.set_num_threads(threads)
+    assert root.level == level
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["rival"], row["batch"]) for row in rows] == [("loop", 1), ("ours", 1), ("loop", 3), ("ours", 3)]
+    assert all(row["total_us"] >= row["forward_us"] > 0 and row["around_us"] > 0 for row in rows)
+    assert "ours: probabilities differ by" in capsys.readouterr().out
+
+
+def test_scaled_decoding_is_compared_with_decoding_whole(tmp_path, capsys) -> None:
+    photo, file = tmp_path / "photo.jpg", tmp_path / "rows.json"
+    draw_landscape().resize((600, 400)).save(photo, quality=95)
+    arguments = [str(photo), "--enlarge", "2.6", "--members", "1", "--calls", "2", "--json", str(file)]
+    threads = torch.get_num_threads()
+    assert scaled_decoding.main(arguments) == 0
+    torch.set_num_threads(threads)
+    rows = {(row["photo"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 8
+    exact = [rows["photo.jpg 600x400", way]["largest_steps"] for way in ("whole", "at least 1x", "at least 2x")]
+    assert exact == [0, 0, 0]  # too small to be scaled
+    larger = [rows["photo.jpg 1560x1040", f"at least {margin}x"] for margin in (1, 2, 4)]
+    assert larger[0]["largest_steps"] >= larger[1]["largest_steps"] > larger[2]["largest_steps"] == 0
+    assert "| photo.jpg 1560x1040 | at least 2x |" in capsys.readouterr().out
