@@ -44,7 +44,8 @@ def unroll(forward: EnsembleForward) -> nn.Module:
 
 
 class UnrolledModules(nn.Module):
-    """All members one after another, each as the module that it is: for architectures that torch.fx can't trace.
+    """All members one after another, each as the module that it is: the plain loop, and what a compiler is given of
+    architectures that torch.fx can't trace.
 
     Args:
         forward: Gives the architecture and the members' weights, which are not copied.
