@@ -22,7 +22,7 @@ from vmap_ensemble.convolution import build_prepared, choose_groups
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.measuring import LOOP, Args, Readings, Run, time_block, time_call
+from vmap_ensemble.measuring import LONG_S, LOOP, Args, Readings, Run, time_block, time_call
 from vmap_ensemble.native_code import compile_here, why_not
 from vmap_ensemble.proof import Proof, compare_outputs, prove_equal, split_members
 from vmap_ensemble.unrolled import UnrolledModules, has_convolutions
@@ -33,7 +33,7 @@ MODES = ("reference", "eager", "prepared", "compiled", "cudagraph", "auto")
 BUDGET_S = 20.0
 # A compilation can't be interrupted, so `auto` starts one only if this much of its budget is left.
 COMPILE_NEEDS_S = 60.0
-MIN_ROUNDS, MAX_ROUNDS = 3, 9
+MIN_ROUNDS, MAX_ROUNDS = 2, 9
 # So many times the loop's time on one example ends the measuring of a candidate: it won't serve.
 HOPELESS = 1.5
 
@@ -248,7 +248,7 @@ class _Auto:
         for args in self.examples:
             outputs, seconds = time_call(run, args)
             self.own.append(split_members(self.forward, outputs, args))
-            self.loop_s.append(min(seconds, time_block(run, args, seconds)))
+            self.loop_s.append(seconds if seconds >= LONG_S else min(seconds, time_block(run, args, seconds)))
 
     def _measure_candidate(self, name: str) -> None:
         candidate = Candidate(name)

@@ -1,4 +1,4 @@
-"""Readings are medians of blocks; the loop serves unless another beats it beyond the noise. All times are scripted."""
+"""Readings are medians of blocks; the loop serves unless another beats it beyond the noise. Times are scripted."""
 
 import time
 
@@ -107,7 +107,7 @@ def test_too_little_memory_is_a_reason_and_other_errors_are_not_hidden():
     def fail(error):
         raise error
 
-    with pytest.raises(LoadError, match="ran out of memory on a batch: tried to allocate 9 TiB$"):
+    with pytest.raises(LoadError, match=r"ran out of memory on a batch: tried to allocate 9 TiB$"):
         time_call(fail, (torch.OutOfMemoryError("tried to allocate 9 TiB\nmore"),))
     with pytest.raises(RuntimeError, match="shapes"):
         time_call(fail, (RuntimeError("shapes"),))
