@@ -7,16 +7,19 @@ cudagraph  vmapped, recorded per batch size    auto      whichever is measured f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vmap_ensemble.batching_rules import FastRules
 from vmap_ensemble.choice_cache import Candidate, Choice, ChoiceCache
 from vmap_ensemble.convolution import build_prepared, choose_groups
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
@@ -172,10 +175,20 @@ def _compile(forward: EnsembleForward, examples: Sequence[Args]) -> Run:
     on_cpu = _device_of(forward).type == "cpu"
     if on_cpu and why_not(forward, examples[0]) is None and has_convolutions(forward.model):
         return compile_here(forward, [args[0] for args in examples])
-    run: Run = torch.compile(lambda *args: forward(*args))
+    plain = _without_packed_weights(forward)
+    run: Run = torch.compile(lambda *args: plain(*args))
     for args in examples:  # compiling happens at the first call of a size, which should be none of a request's
         run(*args)
     return run
+
+
+def _without_packed_weights(forward: EnsembleForward) -> EnsembleForward:
+    """The same forward on plain weights: Inductor refuses reordered matrices that aren't constants of its own."""
+    if not isinstance(getattr(forward, "rules", nullcontext)(), FastRules):
+        return forward
+    plain, rules = copy.copy(forward), FastRules()
+    plain.rules = lambda: rules
+    return plain
 
 
 def _prepare(forward: EnsembleForward, example: Args, options: ExecutionOptions) -> Run:

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from vmap_ensemble import execution, measuring
 from vmap_ensemble.ahead_of_time import CompiledForward
+from vmap_ensemble.encoder import build_encoder_forward
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.execution import ExecutionOptions, build_execution
 from vmap_ensemble.forward import EnsembleForward
@@ -75,6 +77,24 @@ def test_compiled_on_a_gpu_is_compile_of_vmap(monkeypatch):
     monkeypatch.setattr(execution, "_device_of", lambda forward: torch.device("cuda"))
     build_execution("compiled", build_forward(), EXAMPLES)
     assert len(compiled) == 1
+
+
+def test_compiled_encoders_run_on_plain_weights(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, **sizes)
+    states = [BertForSequenceClassification(config).state_dict() for _ in range(2)]
+    members = StackedMembers(("a", "b"), {key: torch.stack([s[key] for s in states]) for key in states[0]}, {})
+    forward = build_encoder_forward(BertForSequenceClassification(config).eval(), members)
+    args = torch.randint(5, 50, (2, 4)), torch.ones(2, 4, dtype=torch.long)
+    asked = []
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: asked.append(args))
+    run = build_execution("compiled", forward, [args])
+    torch.testing.assert_close(run(*args).logits, forward.loop(*args).logits, rtol=1e-5, atol=1e-6)
+    assert (len(compiled), asked) == (1, [])
+    assert forward.rules()._prepacked  # the members' own forward keeps its
 
 
 @needs_compiler
