@@ -151,8 +151,7 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
     """The callable of one mode, not yet checked. Anything that goes wrong is a LoadError that names the mode."""
     try:
         if name == "reference":
-            # Modules of their own spare each call the swapping of weights: a tenth of a small network's time.
-            return UnrolledModules(forward).eval() if type(forward) is EnsembleForward else forward.loop
+            return _loop(forward)
         if name == "eager":
             return forward
         if name == "prepared":
@@ -168,6 +167,18 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         raise
     except Exception as error:
         raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _loop(forward: EnsembleForward) -> Run:
+    """The plain loop, on modules of the members' own: that spares each call the swapping of weights."""
+    if type(forward) is not EnsembleForward:
+        return forward.loop
+    try:
+        return UnrolledModules(forward).eval()
+    except Exception as error:  # whatever the copying of somebody's module may raise
+        name = type(forward.model).__name__
+        logger.warning("the loop swaps weights: %s can't be copied: %s", name, _first_line(error))
+        return forward.loop
 
 
 def _compile(forward: EnsembleForward, examples: Sequence[Args]) -> Run:

@@ -89,7 +89,6 @@ class UnrolledGraph(nn.Module):
         (output,) = (node for node in lowered.graph.nodes if node.op == "output")
         member = extract_program(lowered, own, output.args[0])
         trunk = extract_program(lowered, shared, tuple(node for node in member.inputs if node in set(shared)))
-        self._count = count
         self._arguments = [node.name for node in lowered.arguments()]
         self._trunk_inputs = [node.name for node in trunk.inputs]
         self._trunk_outputs = [node.name for node in member.inputs if node in set(shared)]

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_compiled_on_a_gpu_is_compile_of_vmap(monkeypatch):
     monkeypatch.setattr(execution, "_device_of", lambda forward: torch.device("cuda"))
     build_execution("compiled", build_forward(), EXAMPLES)
     assert len(compiled) == 1
+
+
+def test_the_loop_of_a_model_that_can_not_be_copied_swaps_weights(caplog):
+    class Locked(Net):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+    forward = build_forward(2, Locked)
+    run = build_execution("reference", forward, EXAMPLES)
+    assert "the loop swaps weights: Locked can't be copied" in caplog.text
+    torch.testing.assert_close(run(*EXAMPLES[1]), forward.loop(*EXAMPLES[1]), rtol=0, atol=0)
 
 
 def test_compiled_encoders_run_on_plain_weights(monkeypatch):
