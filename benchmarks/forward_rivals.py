@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.measure import make_session
 from benchmarks.networks import Args, Network, parameter_bytes, stack_networks, to_tensor
+from vmap_ensemble.ahead_of_time import CompiledForward
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution import ExecutionOptions, build_execution
+from vmap_ensemble.native_code import why_not, write_native_code
 
 Call = Callable[[], Tensor]
 # Weights of all members in one ONNX file: a protobuf holds 2 GiB.
@@ -129,8 +131,20 @@ class Rivals:
         return self._ours("prepared")
 
     def ours_compiled(self) -> Call:
-        """Mode `compiled`."""
+        """Mode `compiled`, compiled at load."""
         return self._ours("compiled")
+
+    def ours_ahead_of_time(self) -> Call:
+        """Mode `compiled` on native code as `./archive.sh --compile` packs it, for batches of 1 and of 2 to B."""
+        forward = self.network.join(self.network.build(), self.members)
+        reason = why_not(forward, self.args) or ("compiled on a CPU only" if self.args[0].is_cuda else None)
+        if reason:
+            raise EnsembleError(f"no native code: {reason}")
+        root = self.folder / "archive"
+        root.mkdir(exist_ok=True)
+        write_native_code(forward, self.args[0], len(self.args[0]), root)
+        packed = CompiledForward(root, forward.members, self.args[0].shape[1:])
+        return self._ours("compiled", "ours_ahead_of_time", ExecutionOptions(packed=lambda: packed))
 
     def ours_cudagraph(self) -> Call:
         """Mode `cudagraph`."""
@@ -140,10 +154,10 @@ class Rivals:
         """Mode `auto`, what an archive serves by default."""
         return self._ours("auto")
 
-    def _ours(self, mode: str) -> Call:
+    def _ours(self, mode: str, name: str = "", options: ExecutionOptions | None = None) -> Call:
         forward = self.network.join(self.network.build(), self.members)
-        execution = build_execution(mode, forward, [self.args], ExecutionOptions())
-        self.notes[f"ours_{mode}"] = f"{execution.name}: {execution.reason}"
+        execution = build_execution(mode, forward, [self.args], options or ExecutionOptions())
+        self.notes[name or f"ours_{mode}"] = f"{execution.name}: {execution.reason}"
         return lambda: to_tensor(execution(*self.args))
 
 
@@ -157,6 +171,7 @@ RIVALS = (
     "ours_eager",
     "ours_prepared",
     "ours_compiled",
+    "ours_ahead_of_time",
     "ours_cudagraph",
     "ours_auto",
 )

@@ -2,6 +2,8 @@
 
     python -m benchmarks.loading --architecture resnet18 --members 8 --json loading.json
     python -m benchmarks.loading --architecture resnet50 --members 8 --served      # a real TorchServe, too
+    git worktree add --detach /tmp/first 99c1346                                   # and another version beside it
+    python -m benchmarks.loading --architecture resnet50 --members 8 --served --against /tmp/first/handlers
 
 The bound: peak resident memory while loading is at most the stack plus one member plus the interpreter with its
 imports. Members differ in every weight; a fresh process loads them with the code that a worker runs. The first
@@ -145,7 +147,30 @@ def measure_served(folder: Path, work: Path, runs: int, batch: int) -> dict[str,
     figures = {**summarise_phases(later), "first": summarise_phases([first])}
     figures["ready_s"] = statistics.median(run["ready_s"] for run in later)
     print_phases(f"real TorchServe, until READY; later: median of {runs}", figures["first"], figures)
+    figures["first"]["ready_s"] = first["ready_s"]
     return figures
+
+
+def measure_other(folder: Path, work: Path, runs: int, batch: int, handlers: Path, ours: dict[str, Any]) -> Any:
+    """Start another version's handlers on the same members; a table of the seconds until READY.
+
+    Args:
+        folder: The members' unpacked archive.
+        work: Scratch.
+        runs: Starts; every one counts.
+        batch: batchSize of the worker.
+        handlers: The other version's handlers/.
+        ours: What `measure_served` gave.
+    """
+    from benchmarks.served_start import pack_folder, serve_once
+
+    archive = pack_folder(folder, work / "other.mar", batch, handlers)
+    starts = [serve_once(archive, work / "other-cache") for _ in range(runs)]
+    ready_s = statistics.median(start["ready_s"] for start in starts)
+    print(f"other version, serves {starts[-1]['serves']}: READY after {ready_s:.2f} s (median of {runs})")
+    for name, own_s in (("first start", ours["first"]["ready_s"]), ("kept choice", ours["ready_s"])):
+        print(f"  {name:<16} {own_s:8.2f} s, {own_s / ready_s:.2f} of it")
+    return {"ready_s": ready_s, "starts_s": [start["ready_s"] for start in starts], "serves": starts[-1]["serves"]}
 
 
 def main() -> int:
@@ -156,6 +181,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="batchSize of the worker (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="starts with a kept choice (default: %(default)s)")
     parser.add_argument("--served", action="store_true", help="start real TorchServes as well")
+    parser.add_argument("--against", type=Path, metavar="HANDLERS", help="with --served: another version's handlers/")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     runs, batch = arguments.runs, arguments.batch
@@ -167,6 +193,8 @@ def main() -> int:
         figures = measure(folder, tiny, runs, batch, work / "cache")
         if arguments.served:
             figures["served"] = measure_served(folder, work, runs, batch)
+            if arguments.against:
+                figures["other"] = measure_other(folder, work, runs, batch, arguments.against, figures["served"])
     if arguments.json:
         machine = describe_machine(torch.device("cpu"))
         facts = {"architecture": arguments.architecture, "members": arguments.members, "batch": batch, **figures}

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from scripts.private_torchserve import ROOT, TorchServe
+from vmap_ensemble.runtime import seconds_since_process_start
 
 WORKER_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch}\nmaxBatchDelay: 5\nresponseTimeout: 120\n"
 MANIFEST = {
@@ -35,9 +36,8 @@ MANIFEST = {
 }
 
 
-def pack_folder(folder: Path, target: Path, batch: int) -> Path:
+def pack_folder(folder: Path, target: Path, batch: int, handlers: Path = ROOT / "handlers") -> Path:
     """Write an unpacked archive and the handler's code as a .mar, stored as ./archive.sh does."""
-    handlers = ROOT / "handlers"
     code = [handlers / "resnet_handler.py", *sorted((handlers / "vmap_ensemble").glob("*.py"))]
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(MANIFEST))
@@ -67,9 +67,12 @@ def serve_once(archive: Path, cache: Path) -> dict[str, Any]:
             if "model_service_worker.py" in " ".join(process.cmdline())
         ]
         told = _read_summary(server.logs())
-        phases = _phases(server.launch.temp_dir, started, worker.create_time(), told["load_s"])
+        worker_started = time.time() - seconds_since_process_start(worker.pid)
+        phases = _phases(server.launch.temp_dir, started, worker_started, told["load_s"])
     phases["answer"] = ready - started - sum(phases.values())
     serves = told["execution"]
+    if isinstance(serves, str):  # versions that measured nothing told the mode alone
+        serves = {"serves": serves, "reason": "asked for"}
     return {"phases_s": phases, "ready_s": ready - started, "serves": serves["serves"], "reason": serves["reason"]}
 
 

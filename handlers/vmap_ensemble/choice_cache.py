@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # A choice measured while the machine was busy is measured once more; a machine that always is must not pay
 # for it at every start.
 MOST_MEASUREMENTS = 2
+# Of measuring: choices of an older method are measured anew.
+METHOD = 2
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Candidate:
 
     Attributes:
         name: The mode.
-        latency_ms: Quickest reading per example, in the order of the examples; ends at the one on which it was
+        latency_ms: Median reading per example, in the order of the examples; ends at the one on which it was
             far slower than the loop; empty if it wasn't measured.
         difference: Largest relative difference to the members' own forwards.
         refused: Why it can't serve; None if it can.
@@ -62,6 +64,7 @@ class ChoiceCache:
 
     def __init__(self, folder: Path, archive: str, examples: Sequence[tuple[Any, ...]], device: torch.device) -> None:
         self.key = {
+            "method": METHOD,
             "archive": archive,
             "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),

@@ -1,49 +1,45 @@
 """Turns a vmapped forward and a mode into the callable that serves: the same values, run the fastest way.
 
 reference  the plain loop over members         eager     one vmapped call
-prepared   vmapped, weights prepared           compiled  the archive's native code, else torch.compile(vmap(f))
+prepared   vmapped, weights prepared           compiled  the archive's native code, else compiled at load
 cudagraph  vmapped, recorded per batch size    auto      whichever is measured fastest, never below the loop
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vmap_ensemble.batching_rules import FastRules
 from vmap_ensemble.choice_cache import Candidate, Choice, ChoiceCache
-from vmap_ensemble.chunking import is_out_of_memory
 from vmap_ensemble.convolution import build_prepared
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.measuring import LONG_S, LOOP, Args, Readings, Run, time_block, time_call
+from vmap_ensemble.native_code import compile_here, why_not
 from vmap_ensemble.proof import Proof, compare_outputs, prove_equal, split_members
 from vmap_ensemble.schedule import Schedule
+from vmap_ensemble.unrolled import UnrolledModules, has_convolutions
 
 logger = logging.getLogger(__name__)
-
-Run = Callable[..., Any]
-Args = tuple[Any, ...]
 
 MODES = ("reference", "eager", "prepared", "compiled", "cudagraph", "auto")
 BUDGET_S = 20.0
 # A compilation can't be interrupted, so `auto` starts one only if this much of its budget is left.
 COMPILE_NEEDS_S = 60.0
-MIN_ROUNDS, MAX_ROUNDS = 2, 15  # after the reading of the check
+MIN_ROUNDS, MAX_ROUNDS = 2, 9
 # So many times the loop's time on one example ends the measuring of a candidate: it won't serve.
 HOPELESS = 1.5
-# Readings of one thing on an idle machine have a median of 1.1 times the quickest; beside one busy process 1.9.
-SPREAD = 1.3
-# A candidate replaces the loop only if it is faster by more than what two runs of one thing differ by.
-MARGIN = 0.97
 
 
 @dataclass
@@ -156,7 +152,7 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
     """The callable of one mode, not yet checked. Anything that goes wrong is a LoadError that names the mode."""
     try:
         if name == "reference":
-            return forward.loop
+            return _loop(forward)
         if name == "eager":
             return forward
         if name == "prepared":
@@ -164,9 +160,7 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         if name == "compiled" and options.packed is not None:
             return options.packed()
         if name == "compiled":
-            run = torch.compile(lambda *args: forward(*args))
-            run(*examples[0])  # compiling happens at the first call
-            return run
+            return _compile(forward, examples)
         if name == "cudagraph":
             return CudaGraphs(forward, _device_of(forward), options.buckets)
         raise LoadError(f"execution '{name}': no such mode")
@@ -174,6 +168,39 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
         raise
     except Exception as error:
         raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _loop(forward: EnsembleForward) -> Run:
+    """The plain loop, on modules of the members' own: that spares each call the swapping of weights."""
+    if type(forward) is not EnsembleForward:
+        return forward.loop
+    try:
+        return UnrolledModules(forward).eval()
+    except Exception as error:  # whatever the copying of somebody's module may raise
+        name = type(forward.model).__name__
+        logger.warning("the loop swaps weights: %s can't be copied: %s", name, _first_line(error))
+        return forward.loop
+
+
+def _compile(forward: EnsembleForward, examples: Sequence[Args]) -> Run:
+    """The forward compiled at load: vmap's, or members unrolled where that would make grouped convolutions slow."""
+    on_cpu = _device_of(forward).type == "cpu"
+    if on_cpu and why_not(forward, examples[0]) is None and has_convolutions(forward.model):
+        return compile_here(forward, [args[0] for args in examples])
+    plain = _without_packed_weights(forward)
+    run: Run = torch.compile(lambda *args: plain(*args))
+    for args in examples:  # compiling happens at the first call of a size, which should be none of a request's
+        run(*args)
+    return run
+
+
+def _without_packed_weights(forward: EnsembleForward) -> EnsembleForward:
+    """The same forward on plain weights: Inductor refuses reordered matrices that aren't constants of its own."""
+    if not isinstance(getattr(forward, "rules", nullcontext)(), FastRules):
+        return forward
+    plain, rules = copy.copy(forward), FastRules()
+    plain.rules = lambda: rules
+    return plain
 
 
 def _prepare(forward: EnsembleForward, examples: Sequence[Args], options: ExecutionOptions) -> Run:
@@ -189,8 +216,9 @@ class _Auto:
         self.forward, self.examples, self.options = forward, examples, options
         self.runs: dict[str, Run] = {}
         self.candidates: dict[str, Candidate] = {}
-        self.readings_s: dict[str, list[list[float]]] = {}
+        self.readings = Readings()
         self.own: list[list[list[Any]]] = []  # per example, what each member gives
+        self.loop_s: list[float] = []  # per example, about
         self.started = time.monotonic()
         folder, device = options.cache_dir, _device_of(forward)
         self.cache = ChoiceCache(folder, options.archive_sha, examples, device) if folder else None
@@ -205,11 +233,12 @@ class _Auto:
             if name not in self.candidates:
                 self._measure_candidate(name)
         self._measure_in_turn()
-        best = self._best()
+        best = self.readings.fastest()
         execution = self._finish(best, self._reason(best), list(self.candidates.values()))
         if self.cache:
             schedule = getattr(execution.run, "schedule", None)
-            self.cache.write(Choice(best, execution.reason, execution.candidates, schedule), self._is_settled(best))
+            settled = self.readings.is_settled({best, LOOP})
+            self.cache.write(Choice(best, execution.reason, execution.candidates, schedule), settled)
         return execution
 
     def _reuse(self, choice: Choice) -> Execution | None:
@@ -233,14 +262,13 @@ class _Auto:
         return self.options.budget_s - (time.monotonic() - self.started)
 
     def _measure_loop(self) -> None:
-        """Read the loop once on each example; its outputs are what the candidates are held against."""
-        self.candidates["reference"] = Candidate("reference", difference=0.0)
-        run = self.runs["reference"] = _build("reference", self.forward, self.examples, self.options)
-        self.readings_s["reference"] = []
+        """Run the loop once on each example: its outputs and times are what the candidates are held against."""
+        self.candidates[LOOP] = Candidate(LOOP, difference=0.0)
+        run = self.runs[LOOP] = _build(LOOP, self.forward, self.examples, self.options)
         for args in self.examples:
-            outputs, seconds = _timed(run, args)
+            outputs, seconds = time_call(run, args)
             self.own.append(split_members(self.forward, outputs, args))
-            self.readings_s["reference"].append([seconds])
+            self.loop_s.append(seconds if seconds >= LONG_S else min(seconds, time_block(run, args, seconds)))
 
     def _measure_candidate(self, name: str) -> None:
         candidate = Candidate(name)
@@ -262,60 +290,38 @@ class _Auto:
         logger.info("execution '%s' is not a candidate: %s", candidate.name, candidate.refused)
 
     def _check(self, candidate: Candidate, run: Run) -> bool:
-        """Compare and read the candidate on each example; False as soon as it is hopelessly slow on one.
+        """Compare the candidate on each example; False as soon as it is hopelessly slow on one.
 
         Raises:
             LoadError: Other values than the members' own, or no memory for them.
         """
-        readings = self.readings_s[candidate.name] = []
-        differences = []
-        for args, own, loop in zip(self.examples, self.own, self.readings_s["reference"], strict=True):
-            outputs, seconds = _timed(run, args)
+        differences, found_s = [], []
+        for args, own, loop_s in zip(self.examples, self.own, self.loop_s, strict=True):
+            outputs, seconds = time_call(run, args)
             proof = compare_outputs(self.forward, outputs, own, args, self.options.tolerance)
             differences.append(proof.largest_difference)
             candidate.difference = max(differences)
             # The first call of a shape may prepare things, so a slow one gets a second chance.
-            readings.append([seconds] if seconds < min(loop) else [seconds, _timed(run, args)[1]])
-            if min(readings[-1]) > HOPELESS * min(loop):
-                candidate.latency_ms = [1e3 * min(reading) for reading in readings]
+            found_s.append(seconds if seconds < loop_s else min(seconds, time_block(run, args, loop_s)))
+            if found_s[-1] > HOPELESS * loop_s:
+                candidate.latency_ms = [1e3 * reading for reading in found_s]
                 return False
         return True
 
     def _measure_in_turn(self) -> None:
         """Rounds over all candidates in turn, so that a busy spell of the machine hits all of them."""
+        names = list(self.runs)
         for round_ in range(MAX_ROUNDS):
             if round_ >= MIN_ROUNDS and self._left_s() <= 0:
                 break
-            for name, run in self.runs.items():
-                for index, args in enumerate(self.examples):
-                    self.readings_s[name][index].append(_timed(run, args)[1])
-        for name in self.runs:
-            # The quickest reading is the one that other processes disturbed least.
-            self.candidates[name].latency_ms = [1e3 * min(readings) for readings in self.readings_s[name]]
-
-    def _best(self) -> str:
-        """The fastest over all examples, among those that are slower than the loop on none of them."""
-        loop = self.candidates["reference"].latency_ms
-        scores = {"reference": 1.0}
-        for name in self.runs:
-            ratios = [own / other for own, other in zip(self.candidates[name].latency_ms, loop, strict=True)]
-            score = math.prod(ratios) ** (1 / len(ratios))
-            if max(ratios) <= 1.0 and score < MARGIN:
-                scores[name] = score
-        return min(scores, key=lambda name: scores[name])
-
-    def _is_settled(self, best: str) -> bool:
-        """Whether the readings that decided agree with each other; on a busy machine they don't."""
-        for name in {best, "reference"}:
-            for readings in self.readings_s[name]:
-                warm = readings[1:] or readings
-                if statistics.median(warm) > SPREAD * min(warm):
-                    return False
-        return True
+            for name in [*names[round_ % len(names) :], *names[: round_ % len(names)]]:
+                self.readings.read(name, self.runs[name], self.examples, self.loop_s)
+        for name in names:
+            self.candidates[name].latency_ms = [1e3 * reading for reading in self.readings.median_s(name)]
 
     def _reason(self, best: str) -> str:
-        loop = self.candidates["reference"].latency_ms
-        if best == "reference":
+        loop = self.candidates[LOOP].latency_ms
+        if best == LOOP:
             return "no candidate was faster than the loop on every example"
         own = self.candidates[best].latency_ms
         ratios = ", ".join(f"{a / b:.2f}x" for a, b in zip(loop, own, strict=True))
@@ -328,27 +334,6 @@ class _Auto:
         self.runs.clear()  # what wasn't chosen gives its memory back
         logger.info("execution 'auto' serves '%s': %s", name, reason)
         return execution
-
-
-def _timed(run: Run, args: Args) -> tuple[Any, float]:
-    """What the run gives, and the seconds it takes.
-
-    Raises:
-        LoadError: There is not enough memory for it.
-    """
-    on_gpu = any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
-    if on_gpu:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    try:
-        outputs = run(*args)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise LoadError(f"ran out of memory on a batch: {_first_line(error)}") from error
-        raise
-    if on_gpu:
-        torch.cuda.synchronize()
-    return outputs, time.perf_counter() - started
 
 
 def _device_of(forward: EnsembleForward) -> torch.device:

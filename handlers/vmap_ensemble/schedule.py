@@ -11,11 +11,10 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-ROUNDS = 5  # timed rounds per candidate at most, after one to warm up
-BUDGET_S = 3.0  # but only one round once this has passed
-# After a parallel region OpenMP's threads spin for some 7 ms before they sleep: time that the next candidate, whose
-# members run on threads of their own, would not have in service.
-PAUSE_S = 0.02
+from vmap_ensemble.measuring import time_block
+
+ROUNDS = 5  # readings per candidate and example at most
+BUDGET_S = 3.0  # but only one once this has passed
 # A candidate so many times slower than the best in the first round is not measured again.
 HOPELESS = 1.3
 
@@ -87,20 +86,11 @@ def _fastest(candidates: list[tuple[Forward, Schedule]], examples: Sequence[Exam
             forward, schedule = candidates[index]
             forward.schedule = schedule
             for example, own in zip(examples, readings, strict=True):
-                own.append(_read(forward, example, warm=not round_))
+                # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
+                own.append(time_block(forward, tuple(example), about_s=own[-1] if own else 0.0))
         best_s = min(map(_score, times_s.values()))
         times_s = {index: own for index, own in times_s.items() if _score(own) <= HOPELESS ** len(examples) * best_s}
     return candidates[min(times_s, key=lambda index: _score(times_s[index]))]
-
-
-def _read(forward: Scheduled, example: Example, warm: bool) -> float:
-    """Seconds of one call, after a call that prepares what the first one of a size has to."""
-    time.sleep(PAUSE_S)
-    for _ in range(2 if warm else 1):
-        started = time.perf_counter()
-        forward(*example)
-        seconds = time.perf_counter() - started
-    return seconds
 
 
 def _score(readings: list[list[float]]) -> float:

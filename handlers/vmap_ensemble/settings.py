@@ -65,9 +65,9 @@ class Settings:
     )
     execution: Literal["auto", "eager", "prepared", "compiled", "cudagraph", "reference"] = Field(
         "auto",
-        description="How the one forward is run: `auto` measures at load and keeps the fastest; `eager` vmap; "
-        "`prepared` weights; `compiled`, by `./archive.sh --compile` or else by torch.compile at load; "
-        "`cudagraph`; `reference`, the plain loop.",
+        description="How the one forward is run: `auto` measures at load and keeps the fastest that gives the same "
+        "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
+        "`compiled`, by `./archive.sh --compile` or else at load; `cudagraph`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(
         10.0, ge=0, description="Seconds that `auto` may measure at load; the choice is cached for the next start."

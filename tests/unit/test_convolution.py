@@ -471,11 +471,11 @@ def test_the_fastest_schedule_is_kept(monkeypatch, fast):
     models, members = build_members(Plain, 4)
     x = torch.randn(2, 1, 14, 14)
 
-    def read(forward, example, warm):
+    def read(forward, example, about_s):
         forward(*example)
         return 1.0 if forward.schedule == fast else 1.1
 
-    monkeypatch.setattr(schedule, "_read", read)
+    monkeypatch.setattr(schedule, "time_block", read)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -72,6 +72,14 @@ def test_encoder_rivals_equal_the_loop(name: str, count: int, tiny_encoder: netw
         torch.testing.assert_close(getattr(rivals, name)()(), want, rtol=1e-4, atol=1e-5)
 
 
+def test_native_code_of_an_encoder_is_left_out_with_the_reason(
+    tiny_encoder: networks.Network, tmp_path: Path
+) -> None:
+    rivals = Rivals(tiny_encoder, networks.build_members(tiny_encoder, 2), tiny_encoder.make_args(1), tmp_path)
+    _, _, left_out = forward.build_calls(rivals, ["ours_ahead_of_time"])
+    assert "no native code: PackedEncoderForward is more than one call of vmap" in left_out["ours_ahead_of_time"]
+
+
 def test_batch_statistics_are_a_members_own() -> None:
     network = networks.vary_statistics(nn.Sequential(nn.BatchNorm2d(4)))
     assert network[0].running_mean.abs().max() > 0

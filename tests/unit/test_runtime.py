@@ -1,11 +1,13 @@
 """Settings decide torch's precision in the worker, whatever TorchServe set at import."""
 
 import logging
+import subprocess
+import time
 
 import pytest
 import torch
 
-from vmap_ensemble.runtime import configure_torch
+from vmap_ensemble.runtime import configure_torch, seconds_since_process_start
 from vmap_ensemble.settings import Settings
 
 
@@ -33,3 +35,15 @@ def test_float16_without_kernels_is_logged(monkeypatch, caplog, dtype, kernels, 
         runtime = configure_torch(Settings(dtype=dtype, device="cpu"), None, {})
     assert runtime.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert sum("no float16 kernels" in message for message in caplog.messages) == warned
+
+
+def test_the_age_of_a_process_is_exact_to_a_tick():
+    before = time.monotonic()
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        time.sleep(0.1)
+        assert 0.08 <= seconds_since_process_start(process.pid) <= time.monotonic() - before + 0.03
+    finally:
+        process.kill()
+        process.wait()
+    assert seconds_since_process_start() > 0.1
