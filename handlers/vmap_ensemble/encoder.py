@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from vmap_ensemble.batching_rules import FastRules
+from vmap_ensemble.batching_rules import FastRules, prepack
 from vmap_ensemble.encoder_graph import PreparedEncoder
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
@@ -163,9 +163,9 @@ class PackedEncoderForward(EncoderForward):
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts in one vmapped call; see the class."""
         packing = pack(attention_mask)
-        rows = self.pack_rows(packing, input_ids, token_type_ids)
+        ids, types, places = self.pack_rows(packing, input_ids, token_type_ids)
         with packed(packing), self._unpacking(packing):
-            outputs = self._run(rows[0], None, *rows[1:])
+            outputs = self._run(ids, None, types, places)
         return self.unpack_outputs(outputs, packing)
 
     def pack_rows(
@@ -182,10 +182,18 @@ class PackedEncoderForward(EncoderForward):
         """The longest text in tokens that every architecture of `POSITIONS` has positions for."""
         return int(self.model.config.max_position_embeddings) - self._padding_id - 1
 
-    def run_state(self, state: dict[str, Tensor], packing: Packing, *rows: Tensor | None) -> Any:
+    def packed_weights(self, weight: Tensor) -> list[Tensor]:
+        """Matrices of (M, out, in) or (out, in) weights in oneDNN's order; the rules' own where they have them."""
+        rules = self.rules()
+        kept = rules.prepacked(weight, 1, needs_grad=False) if isinstance(rules, FastRules) else None
+        return prepack(weight) if kept is None else kept
+
+    def run_state(
+        self, state: dict[str, Tensor], packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor
+    ) -> Any:
         """Run a member's state dict on what `pack_rows` gives; outputs per token stay packed."""
         with packed(packing), self._unpacking(packing):
-            return functional_call(self.model, state, (), _name_inputs(rows[0], None, *rows[1:]))
+            return functional_call(self.model, state, (), _name_inputs(ids, None, types, places))
 
     def unpack_outputs(self, outputs: Any, packing: Packing) -> Any:
         """Outputs per token of a packed row, (M, 1, T, ...) -> (M, B, S, ...); others stay as they are."""

@@ -8,6 +8,7 @@ as one custom operator whose vmap rule runs the members, on a core each where th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.batching_rules import prepack
 from vmap_ensemble.convolution import ConvolutionForward, PackedGraph
 from vmap_ensemble.encoder_trace import LINEAR, LINEAR_ADD, graph_arguments, linear_joined, new_slot, trace_encoder
 from vmap_ensemble.errors import LoadError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Relative to the largest output; the same products in another order.
 TOLERANCE = 1e-5
 # How members share the cores is measured on so many tokens; a batch goes by the nearer one.
-FEW_TOKENS, MANY_TOKENS = 16, 256
-_ROUNDS, _BUDGET_S = 4, 1.0
+FEW_TOKENS, MANY_TOKENS = 16, 128
+_ROUNDS, _BUDGET_S = 6, 0.5
 # OpenMP's threads spin for 7 ms after a call, on cores that the next candidate needs.
 _SETTLE_S = 0.02
 
@@ -46,7 +46,7 @@ class PreparedEncoder:
         LoadError: The graph's outputs differ from the forward's.
 
     Note:
-        Holds packed copies of the layers' matrices.
+        Shares the packed matrices of the forward's rules; query, key and value are packed once more, joined.
     """
 
     def __init__(self, forward: PackedEncoderForward, example: tuple[Any, ...]) -> None:
@@ -56,7 +56,7 @@ class PreparedEncoder:
         self.forward = forward
         self._with_types = len(example) > 2 and example[2] is not None
         lowered, self._structure = trace_encoder(forward, self._with_types)
-        packed = pack_linears(lowered)
+        packed = pack_linears(lowered, forward.packed_weights)
         values = {node: node.meta["val"] for node in lowered.nodes()}
         graph = PackedGraph(lowered.nodes(), [], values, packed, f"{len(packed)} linear layers on packed weights")
         self._run = ConvolutionForward(lowered, len(forward.members.names), graph)
@@ -95,15 +95,15 @@ class PreparedEncoder:
 
     def _choose_groups(self, tokens: int) -> None:
         """Find how many members at a time are fastest for so many tokens: all cores for one, or a core for each."""
-        candidates = {1, min(len(self.forward.members.names), torch.get_num_threads())}
+        candidates = sorted({1, min(len(self.forward.members.names), torch.get_num_threads())})
         length = min(FEW_TOKENS, self.forward.longest)
         inputs = self._draw([length] * (tokens // length))
-        spans_s: dict[int, list[float]] = {candidate: [] for candidate in sorted(candidates)}
+        spans_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
         deadline_s = time.perf_counter() + _BUDGET_S
         for round_ in range(_ROUNDS if len(candidates) > 1 else 0):
             if round_ > 1 and time.perf_counter() > deadline_s:
                 break
-            for candidate in spans_s:
+            for candidate in candidates:
                 time.sleep(_SETTLE_S)
                 self.groups[tokens] = candidate
                 spans_s[candidate].append(_time_s(self, inputs))
@@ -111,17 +111,17 @@ class PreparedEncoder:
 
 
 def _time_s(run: PreparedEncoder, inputs: tuple[Any, ...]) -> float:
-    """Seconds of the quicker of two calls in a row, as in a server."""
-    spans_s = []
-    for _ in range(2):
-        started = time.perf_counter()
-        run(*inputs)
-        spans_s.append(time.perf_counter() - started)
-    return min(spans_s)
+    started = time.perf_counter()
+    run(*inputs)
+    return time.perf_counter() - started
 
 
-def pack_linears(lowered: LoweredModel) -> dict[str, list[Any]]:
+def pack_linears(lowered: LoweredModel, pack_weight: Callable[[Tensor], list[Tensor]]) -> dict[str, list[Any]]:
     """Put the linear layers on packed weights, in place.
+
+    Args:
+        lowered: The traced graph.
+        pack_weight: (M, out, in) or (out, in) weights -> packed ones, one per member, or one in all.
 
     Returns:
         Slot name -> packed weights, one per member, or one in all if members share them.
@@ -129,36 +129,40 @@ def pack_linears(lowered: LoweredModel) -> dict[str, list[Any]]:
     packed: dict[str, list[Any]] = {}
     for node in lowered.nodes():
         if node.target is linear_joined:
-            _pack_joined(lowered, node, packed)
+            _pack_joined(lowered, node, packed, pack_weight)
         elif node.target in (LINEAR, LINEAR_ADD):
-            _pack_one(lowered, node, packed)
+            _pack_one(lowered, node, packed, pack_weight)
     drop_unused_slots(lowered)
     return packed
 
 
-def _pack_one(lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]]) -> None:
+def _pack_one(
+    lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: Callable[[Tensor], list[Tensor]]
+) -> None:
     place = 1 if node.target is LINEAR else 2
     weight: Any = node.args[place]
     tensor = lowered.slots[weight.name]
-    if node.target is LINEAR and node.args[3] == "none" and tensor.shape[-2:].numel() < MIN_LINEAR_WEIGHTS:
+    is_plain = node.target is LINEAR and node.args[3] == "none"
+    if is_plain and tensor.shape[-2:].numel() < MIN_LINEAR_WEIGHTS:
         node.target, node.args = F.linear, node.args[:3]
         return
-    stacked = weight.name in lowered.stacked
-    slot = new_slot(lowered, f"{weight.name}_packed", tensor, stacked)
-    packed[slot.name] = prepack(tensor)
+    slot = new_slot(lowered, f"{weight.name}_packed", tensor, weight.name in lowered.stacked)
+    packed[slot.name] = pack_weight(tensor)
     node.update_arg(place, slot)
 
 
-def _pack_joined(lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]]) -> None:
+def _pack_joined(
+    lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: Callable[[Tensor], list[Tensor]]
+) -> None:
     x, weights, biases = node.args
-    weight = join_slots(lowered, weights)
-    packed[weight.name] = prepack(lowered.slots[weight.name])
-    lowered.slots[weight.name] = packed[weight.name][0]
-    bias = None if biases is None else join_slots(lowered, biases)
+    weight = _join_slots(lowered, weights)
+    packed[weight.name] = pack_weight(lowered.slots[weight.name])
+    lowered.slots[weight.name] = packed[weight.name][0]  # the plain copy gives its memory back
+    bias = None if biases is None else _join_slots(lowered, biases)
     node.target, node.args = LINEAR, (x, weight, bias, "none", [], "")
 
 
-def join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:
+def _join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:
     """A slot for tensors one below the other; (M, ...) if a member has one of them for itself."""
     tensors = [lowered.slots[part.name] for part in parts]
     own = [part.name in lowered.stacked for part in parts]

@@ -10,7 +10,7 @@ Traced once with symbolic numbers of texts and tokens, so that the graph serves 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,14 +197,15 @@ def _fuse_addition(node: fx.Node) -> None:
 
 
 def _join_attention(node: fx.Node) -> None:
-    """Attention on three products of the same rows -> on one of their joined matrices, whose slot says so."""
-    query, key, value, groups, scale = node.args
-    products = [_product_behind(part) for part in (query, key, value)]
+    """Attention on three products of the same rows -> on one product with the three matrices joined."""
+    query, key, value, groups, scale = cast(Any, node.args)
+    products: list[Any] = [_product_behind(part) for part in (query, key, value)]
     if any(product is None for product in products):
         return
     rows = {product.args[0] for product in products}
     biased = {product.args[2] is not None for product in products}
-    if len(rows) > 1 or len(biased) > 1:
+    flat = [user for user in node.users if user.target in _VIEWS and user.meta["val"].dim() == 3]
+    if len(rows) > 1 or len(biased) > 1 or len(flat) < len(node.users):
         return
     heads = query.meta["val"].shape[1]
     with node.graph.inserting_before(node):
@@ -212,8 +213,9 @@ def _join_attention(node: fx.Node) -> None:
         biases = tuple(product.args[2] for product in products) if biased == {True} else None
         joined = node.graph.call_function(linear_joined, (*rows, weights, biases))
         new = node.graph.call_function(attend_joined, (joined, groups, heads, scale))
-    joined.meta, new.meta = dict(products[0].meta), dict(node.meta)
-    _replace(node, new)
+    joined.meta, new.meta = dict(products[0].meta), dict(flat[0].meta)
+    for user in flat:
+        _replace(user, new)
 
 
 def linear_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...] | None) -> Tensor:

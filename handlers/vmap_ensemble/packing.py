@@ -278,7 +278,10 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 @torch.library.custom_op("vmap_ensemble::attend_packed", mutates_args=())
 def _attend_traced(query: Tensor, key: Tensor, value: Tensor, groups: Tensor, scale: float) -> Tensor:
     """`attend_packed` of one member as one step of a graph; groups (G, 3)."""
-    raise NotImplementedError
+    rows = [t.transpose(1, 2) for t in (query, key, value)]
+    nowhere = torch.empty(0, dtype=torch.long)
+    packing = Packing((0, 0), nowhere, nowhere, tuple(Group(*group) for group in groups.tolist()))
+    return _attend_members(rows[0], rows[1], rows[2], packing, scale).contiguous()
 
 
 @_attend_traced.register_fake

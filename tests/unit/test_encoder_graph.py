@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.unit.test_packing import CONFIGS, HEADS, WITH_TYPES, assert_equal, build, make_batch
-from vmap_ensemble import encoder_graph
+from vmap_ensemble import encoder_graph, encoder_trace
 from vmap_ensemble import packing as packing_module
 from vmap_ensemble.encoder import PackedEncoderForward, build_encoder_forward
 from vmap_ensemble.encoder_graph import PreparedEncoder
@@ -81,9 +81,7 @@ def test_what_members_share_is_computed_once(own, monkeypatch):
     inputs = inputs_of("bert", [3, 20, 11])
     calls = []
     whole = encoder_graph.ConvolutionForward
-    monkeypatch.setattr(
-        encoder_graph, "ConvolutionForward", lambda *parts: calls.append(whole(*parts)) or calls[-1]
-    )
+    monkeypatch.setattr(encoder_graph, "ConvolutionForward", lambda *parts: calls.append(whole(*parts)) or calls[-1])
     with torch.inference_mode():
         prepared = PreparedEncoder(forward, inputs)
         assert_equal(prepared(*inputs), forward.loop(*inputs), inputs[1], "sequence")
@@ -141,13 +139,31 @@ def test_joined_attention_stays_within_a_text(threads, scores, monkeypatch):
     got = attend_joined(joined, table, 2, 0.5)
     expected = attend_packed(query, key, value, packing, 0.5).reshape(1, 143, 8)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    alone = torch.ops.vmap_ensemble.attend_packed(query, key, value, table, 0.5)
+    torch.testing.assert_close(alone.reshape(1, 143, 8), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_whose_products_cannot_be_joined(monkeypatch):
+    monkeypatch.setattr(encoder_trace, "_product_behind", lambda _node: None)
+    forward = build("bert", "sequence", 2)
+    inputs = inputs_of("bert", [3, 20, 3])
+    with torch.inference_mode():
+        prepared = PreparedEncoder(forward, inputs)
+        assert_equal(prepared(*inputs), forward.loop(*inputs), inputs[1], "sequence")
+
+
+def test_packed_matrices_are_kept_once():
+    forward = build("bert", "sequence", 2)
+    weight = forward.members.stacked["bert.encoder.layer.0.output.dense.weight"]
+    assert forward.packed_weights(weight) is forward.rules()._prepacked[weight.data_ptr()][1]
+    assert len(forward.packed_weights(torch.randn(3, 4, 5))) == 3
 
 
 def test_cores_are_shared_as_was_measured_fastest(monkeypatch):
     torch.set_num_threads(2)
     monkeypatch.setattr(encoder_graph, "_SETTLE_S", 0.0)
     forward = build("bert", "sequence", 2)
-    slow = {16: 1, 256: 2}  # tokens -> the number of groups that takes longer
+    slow = {16: 1, 128: 2}  # tokens -> the number of groups that takes longer
 
     def time_s(prepared, inputs):
         tokens = int(inputs[1].sum())
@@ -155,11 +171,13 @@ def test_cores_are_shared_as_was_measured_fastest(monkeypatch):
 
     monkeypatch.setattr(encoder_graph, "_time_s", time_s)
     prepared = PreparedEncoder(forward, inputs_of("bert", [4]))
-    assert prepared.groups == {16: 2, 256: 1}
+    assert prepared.groups == {16: 2, 128: 1}
     used = []
     whole = prepared._run
     monkeypatch.setattr(
-        type(whole), "groups", property(lambda run: run._body.threads.groups, lambda _run, groups: used.append(groups))
+        type(whole),
+        "groups",
+        property(lambda run: run._body.threads.groups, lambda _run, groups: used.append(groups)),
     )
     for lengths in ([5], [38, 38, 38]):
         prepared(*inputs_of("bert", lengths))
@@ -205,8 +223,8 @@ def test_a_graph_that_differs_is_refused(monkeypatch):
     forward = build("bert", "sequence", 2)
     whole = encoder_graph.pack_linears
 
-    def spoil(lowered):
-        packed = whole(lowered)
+    def spoil(lowered, pack_weight):
+        packed = whole(lowered, pack_weight)
         bias = next(name for name in lowered.slots if name.endswith("classifier_bias"))
         lowered.slots[bias] = lowered.slots[bias] + 1
         return packed
