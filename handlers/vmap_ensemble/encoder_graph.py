@@ -60,10 +60,10 @@ class PreparedEncoder:
         values = {node: node.meta["val"] for node in lowered.nodes()}
         graph = PackedGraph(lowered.nodes(), [], values, packed, f"{len(packed)} linear layers on packed weights")
         self._run = ConvolutionForward(lowered, len(forward.members.names), graph)
-        self.groups = {FEW_TOKENS: 1, MANY_TOKENS: 1}
+        self.at_a_time = {FEW_TOKENS: 1, MANY_TOKENS: 1}
         for lengths in ([1], [2], [3, 1, 3]):  # the sizes that tracing might have taken for constants, and others
             self._check(lengths)
-        for tokens in self.groups:
+        for tokens in self.at_a_time:
             self._choose_groups(tokens)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
@@ -73,7 +73,7 @@ class PreparedEncoder:
         packing = pack(attention_mask)
         rows = self.forward.pack_rows(packing, input_ids, token_type_ids)
         few = len(packing.index) <= (FEW_TOKENS * MANY_TOKENS) ** 0.5
-        self._run.groups = self.groups[FEW_TOKENS if few else MANY_TOKENS]
+        self._run.groups = self.at_a_time[FEW_TOKENS if few else MANY_TOKENS]
         leaves = self._run(*graph_arguments(packing, attention_mask, rows))
         return self.forward.unpack_outputs(pytree.tree_unflatten(leaves, self._structure), packing)
 
@@ -105,9 +105,9 @@ class PreparedEncoder:
                 break
             for candidate in candidates:
                 time.sleep(_SETTLE_S)
-                self.groups[tokens] = candidate
+                self.at_a_time[tokens] = candidate
                 spans_s[candidate].append(_time_s(self, inputs))
-        self.groups[tokens] = min(candidates, key=lambda candidate: min(spans_s[candidate], default=0.0))
+        self.at_a_time[tokens] = min(candidates, key=lambda candidate: min(spans_s[candidate], default=0.0))
 
 
 def _time_s(run: PreparedEncoder, inputs: tuple[Any, ...]) -> float:

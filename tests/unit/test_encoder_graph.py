@@ -36,7 +36,7 @@ def inputs_of(architecture, lengths):
 
 
 def share_cores(prepared, groups):
-    prepared.groups = dict.fromkeys(prepared.groups, groups)
+    prepared.at_a_time = dict.fromkeys(prepared.at_a_time, groups)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -167,11 +167,11 @@ def test_cores_are_shared_as_was_measured_fastest(monkeypatch):
 
     def time_s(prepared, inputs):
         tokens = int(inputs[1].sum())
-        return 2.0 if prepared.groups[tokens] == slow[tokens] else 1.0
+        return 2.0 if prepared.at_a_time[tokens] == slow[tokens] else 1.0
 
     monkeypatch.setattr(encoder_graph, "_time_s", time_s)
     prepared = PreparedEncoder(forward, inputs_of("bert", [4]))
-    assert prepared.groups == {16: 2, 128: 1}
+    assert prepared.at_a_time == {16: 2, 128: 1}
     used = []
     whole = prepared._run
     monkeypatch.setattr(
