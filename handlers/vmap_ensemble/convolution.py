@@ -184,7 +184,7 @@ class ConvolutionForward:
 
     def _begin(self, args: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
         """Arguments and what is worked out for all members at once."""
-        if self.channels_last:
+        if self.channels_last and not all(map(_is_channels_last, args)):
             args = self._in_body(lambda: tuple(_to_channels_last(arg) for arg in args))
         env = dict(zip(self._arguments, args, strict=False))
         images = self._schedule.at_a_time if self._schedule.joint else 0
@@ -423,6 +423,10 @@ def _needed_by(plain: set[fx.Node], head: list[fx.Node], later: list[fx.Node]) -
         if node in plain and needed.intersection(node.users):
             needed.add(node)
     return [node for node in head if node in needed]
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _to_channels_last(tensor: Tensor) -> Tensor:

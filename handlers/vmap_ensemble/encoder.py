@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from vmap_ensemble.batching_rules import FastRules
+from vmap_ensemble.batching_rules import FastRules, prepack
 from vmap_ensemble.encoder_graph import PreparedEncoder
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.members import StackedMembers
-from vmap_ensemble.packing import ATTENTION, Group, Packing, pack, packed, take_first, unpack
+from vmap_ensemble.packing import ATTENTION, Packing, pack, packed, take_first, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -163,44 +163,46 @@ class PackedEncoderForward(EncoderForward):
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts in one vmapped call; see the class."""
         packing = pack(attention_mask)
-        positions = self.positions(input_ids)
-        ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
-        types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
+        ids, types, places = self.pack_rows(packing, input_ids, token_type_ids)
         with packed(packing), self._unpacking(packing):
             outputs = self._run(ids, None, types, places)
-        if self._per_token:
-            outputs = pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
-        return outputs
+        return self.unpack_outputs(outputs, packing)
 
-    def run_single(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor) -> Any:
-        """Run every member on one text without padding, (1, T) each; outputs as `__call__` gives them."""
-        length = input_ids.shape[1]
-        packing = Packing(
-            (1, length),
-            torch.arange(length, device=input_ids.device),
-            torch.zeros(1, dtype=torch.long, device=input_ids.device),
-            (Group(0, 1, length),),
-        )
-        with packed(packing), self._unpacking(packing):
-            return self._run(input_ids, None, token_type_ids, positions)
-
-    def positions(self, input_ids: Tensor) -> Tensor:
-        """The architecture's position ids, (B, S)."""
-        return self._count_positions(input_ids, self._padding_id)
+    def pack_rows(
+        self, packing: Packing, input_ids: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Ids, token types and position ids of the real tokens: (B, S) each -> (1, T)."""
+        positions = self._count_positions(input_ids, self._padding_id)
+        ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
+        types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
+        return ids, types, places
 
     @property
     def longest(self) -> int:
         """The longest text in tokens that every architecture of `POSITIONS` has positions for."""
         return int(self.model.config.max_position_embeddings) - self._padding_id - 1
 
-    @property
-    def few_rows(self) -> float:
-        """Up to how many tokens the layers' products run on reordered matrices."""
+    def packed_weights(self, weight: Tensor) -> list[Tensor]:
+        """Matrices of (M, out, in) or (out, in) weights in oneDNN's order; the rules' own where they have them."""
         rules = self.rules()
-        return rules.row_limit if isinstance(rules, FastRules) else 0
+        kept = rules.prepacked(weight, 1, needs_grad=False) if isinstance(rules, FastRules) else None
+        return prepack(weight) if kept is None else kept
+
+    def run_state(
+        self, state: dict[str, Tensor], packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor
+    ) -> Any:
+        """Run a member's state dict on what `pack_rows` gives; outputs per token stay packed."""
+        with packed(packing), self._unpacking(packing):
+            return functional_call(self.model, state, (), _name_inputs(ids, None, types, places))
+
+    def unpack_outputs(self, outputs: Any, packing: Packing) -> Any:
+        """Outputs per token of a packed row, (M, 1, T, ...) -> (M, B, S, ...); others stay as they are."""
+        if not self._per_token:
+            return outputs
+        return pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
 
     def prepared(self, example: tuple[Any, ...]) -> PreparedEncoder:
-        """This forward with a flat graph for single texts."""
+        """This forward as a flat graph on packed weights."""
         return PreparedEncoder(self, example)
 
     @contextmanager

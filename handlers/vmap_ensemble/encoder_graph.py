@@ -1,35 +1,42 @@
-"""Turns the packed forward of one text into a flat graph of operators, traced once for every length.
+"""Turns a packed encoder into a vmapped forward that runs each member as a flat graph on oneDNN's packed weights.
 
 What transformers, vmap and the batching rules do in Python around each operator takes a third of the time of a
-short text. The graph has the operators alone, with the products that read the same rows joined into one.
+short text, and layers of all members side by side don't fit a cache. Here a member's layers run one after another,
+as one custom operator whose vmap rule runs the members, on a core each where that is measured faster.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from vmap_ensemble.convolution import ConvolutionForward, PackedGraph
+from vmap_ensemble.encoder_trace import LINEAR, LINEAR_ADD, graph_arguments, linear_joined, new_slot, trace_encoder
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import UnsupportedModel
-from vmap_ensemble.packing import SHORT_TEXT
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots
+from vmap_ensemble.measuring import time_block
+from vmap_ensemble.packing import pack
+from vmap_ensemble.schedule import Schedule
+from vmap_ensemble.steps import MIN_LINEAR_WEIGHTS
 
 if TYPE_CHECKING:
     from vmap_ensemble.encoder import PackedEncoderForward
 
-_LINEAR = torch.ops.mkldnn._linear_pointwise.default
-_STACK = torch.ops.aten.stack.default
-_SIZE = torch.ops.aten.sym_size.int
-# Relative; the same operators in the same order, but for the joined products.
+# Relative to the largest output; the same products in another order.
 TOLERANCE = 1e-5
+# How members share the cores is measured on so many tokens; a batch goes by the nearer one.
+FEW_TOKENS, MANY_TOKENS = 16, 128
+_ROUNDS, _BUDGET_S = 4, 0.5
 
 
 class PreparedEncoder:
-    """A packed encoder whose short single texts run on a flat graph; every other batch runs as it did.
+    """The prepared forward of all members: one torch.func.vmap call for any batch.
 
     Args:
         forward: The packed forward, float32 on a CPU.
@@ -40,7 +47,7 @@ class PreparedEncoder:
         LoadError: The graph's outputs differ from the forward's.
 
     Note:
-        Holds a second reordered copy of the joined matrices (query, key and value).
+        Shares the packed matrices of the forward's rules; query, key and value are packed once more, joined.
     """
 
     def __init__(self, forward: PackedEncoderForward, example: tuple[Any, ...]) -> None:
@@ -49,147 +56,112 @@ class PreparedEncoder:
             raise UnsupportedModel("expected float32 weights on a CPU; use eager or compiled")
         self.forward = forward
         self._with_types = len(example) > 2 and example[2] is not None
-        # The graph holds for the side of each of the forward's thresholds that it was traced on.
-        self.longest = int(min(SHORT_TEXT, forward.few_rows, forward.longest))
-        self._graph, self._structure = self._trace()
-        for length in sorted({2, self.longest}):
-            self._check(length)
+        lowered, self._structure = trace_encoder(forward, self._with_types)
+        packed = pack_linears(lowered, forward.packed_weights)
+        values = {node: node.meta["val"] for node in lowered.nodes()}
+        graph = PackedGraph(lowered.nodes(), [], values, packed, f"{len(packed)} linear layers on packed weights")
+        self._run = ConvolutionForward(lowered, len(forward.members.names), graph)
+        self.at_a_time = {FEW_TOKENS: 1, MANY_TOKENS: 1}
+        for lengths in ([1], [2], [3, 1, 3]):  # the sizes that tracing might have taken for constants, and others
+            self._check(lengths)
+        for tokens in self.at_a_time:
+            self._choose_schedule(tokens)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts; see `PackedEncoderForward`."""
-        if not self._fits(input_ids, attention_mask, token_type_ids):
+        if (token_type_ids is not None) != self._with_types:
             return self.forward(input_ids, attention_mask, token_type_ids)
-        positions = self.forward.positions(input_ids)
-        leaves = self._graph(input_ids, token_type_ids, positions)
-        return pytree.tree_unflatten(leaves, self._structure)
+        packing = pack(attention_mask)
+        rows = self.forward.pack_rows(packing, input_ids, token_type_ids)
+        few = len(packing.index) <= (FEW_TOKENS * MANY_TOKENS) ** 0.5
+        self._run.schedule = Schedule(joint=False, at_a_time=self.at_a_time[FEW_TOKENS if few else MANY_TOKENS])
+        leaves = self._run(*graph_arguments(packing, attention_mask, rows))
+        return self.forward.unpack_outputs(pytree.tree_unflatten(leaves, self._structure), packing)
 
-    def _fits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> bool:
-        texts, length = input_ids.shape
-        with_types = token_type_ids is not None
-        # Symbolic tracing takes 0 and 1 for constants, so a text of one token isn't among the graph's.
-        fits = texts == 1 and 2 <= length <= self.longest and with_types == self._with_types
-        return fits and bool(attention_mask.all())
+    def _draw(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        generator = torch.Generator().manual_seed(len(lengths))
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(5, self.forward.model.config.vocab_size, mask.shape, generator=generator)
+        return ids, mask, torch.zeros_like(ids) if self._with_types else None
 
-    def _trace(self) -> tuple[fx.GraphModule, Any]:
-        structure: list[Any] = []
-
-        def run(ids: Tensor, types: Tensor | None, positions: Tensor) -> list[Any]:
-            leaves, spec = pytree.tree_flatten(self.forward.run_single(ids, types, positions))
-            structure.append(spec)
-            return leaves
-
-        ids, _, types = self._draw(max(3, self.longest // 2))
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-                    ids, types, self.forward.positions(ids)
-                )
-                flatten(traced)
-        except Exception as error:
-            raise UnsupportedModel(f"one text can't be traced: {type(error).__name__}: {error}") from error
-        return traced, structure[0]
-
-    def _draw(self, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        generator = torch.Generator().manual_seed(length)
-        ids = torch.randint(5, self.forward.model.config.vocab_size, (1, length), generator=generator)
-        return ids, torch.ones_like(ids), torch.zeros_like(ids) if self._with_types else None
-
-    def _check(self, length: int) -> None:
-        inputs = self._draw(length)
+    def _check(self, lengths: list[int]) -> None:
+        inputs = self._draw(lengths)
         expected, got = (pytree.tree_leaves(run(*inputs)) for run in (self.forward, self))
         for own, ours in zip(expected, got, strict=True):
             if own.shape != ours.shape:
-                raise LoadError(f"{length} tokens: expected an output of {list(own.shape)}, got {list(ours.shape)}")
+                raise LoadError(f"{lengths} tokens: expected an output of {list(own.shape)}, got {list(ours.shape)}")
             bound = TOLERANCE * max(1.0, own.abs().max().item())
             if not torch.allclose(own, ours, rtol=0, atol=bound, equal_nan=True):
-                raise LoadError(f"{length} tokens: the graph differs from the forward by more than {bound:.0e}")
+                raise LoadError(f"{lengths} tokens: the graph differs from the forward by more than {bound:.0e}")
+
+    def _choose_schedule(self, tokens: int) -> None:
+        """Find how many members at a time are fastest for so many tokens: all cores for one, or a core for each."""
+        candidates = sorted({1, min(len(self.forward.members.names), torch.get_num_threads())})
+        length = min(FEW_TOKENS, self.forward.longest)
+        inputs = self._draw([length] * (tokens // length))
+        spans_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
+        deadline_s = time.perf_counter() + _BUDGET_S
+        for round_ in range(_ROUNDS if len(candidates) > 1 else 0):
+            if round_ and time.perf_counter() > deadline_s:
+                break
+            for candidate, own in spans_s.items():
+                self.at_a_time[tokens] = candidate
+                own.append(time_block(self, inputs, about_s=own[-1] if own else 0.0))
+        self.at_a_time[tokens] = min(candidates, key=lambda candidate: min(spans_s[candidate], default=0.0))
 
 
-def flatten(module: fx.GraphModule) -> None:
-    """Compute what doesn't depend on the inputs, once; join products of the same rows; in place."""
-    _unify_sizes(module.graph)
-    module.graph = fx_graph_cse(module.graph)
-    _fold_constants(module)
-    _join_products(module)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
+def pack_linears(lowered: LoweredModel, pack_weight: Callable[[Tensor], list[Tensor]]) -> dict[str, list[Any]]:
+    """Put the linear layers on packed weights, in place.
+
+    Args:
+        lowered: The traced graph.
+        pack_weight: (M, out, in) or (out, in) weights -> packed ones, one per member, or one in all.
+
+    Returns:
+        Slot name -> packed weights, one per member, or one in all if members share them.
+    """
+    packed: dict[str, list[Any]] = {}
+    for node in lowered.nodes():
+        if node.target is linear_joined:
+            _pack_joined(lowered, node, packed, pack_weight)
+        elif node.target in (LINEAR, LINEAR_ADD):
+            _pack_one(lowered, node, packed, pack_weight)
+    drop_unused_slots(lowered)
+    return packed
 
 
-def _unify_sizes(graph: fx.Graph) -> None:
-    """One node for each symbolic size, read off the first tensor that has it."""
-    first: dict[str, fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=_SIZE):
-        size = str(node.meta["val"])
-        if size in first:
-            node.replace_all_uses_with(first[size])
-            graph.erase_node(node)
-        else:
-            first[size] = node
+def _pack_one(
+    lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: Callable[[Tensor], list[Tensor]]
+) -> None:
+    place = 1 if node.target is LINEAR else 2
+    weight: Any = node.args[place]
+    tensor = lowered.slots[weight.name]
+    is_plain = node.target is LINEAR and node.args[3] == "none"
+    if is_plain and tensor.shape[-2:].numel() < MIN_LINEAR_WEIGHTS:
+        node.target, node.args = F.linear, node.args[:3]
+        return
+    slot = new_slot(lowered, f"{weight.name}_packed", tensor, weight.name in lowered.stacked)
+    packed[slot.name] = pack_weight(tensor)
+    node.update_arg(place, slot)
 
 
-def _fold_constants(module: fx.GraphModule) -> None:
-    """Replace nodes that depend on the members alone by their values."""
-    values: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            values[node] = getattr(module, node.target)
-        elif _is_pure(node) and all(argument in values for argument in node.all_input_nodes):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-    for node, value in values.items():
-        needed = node.op != "get_attr" and any(user not in values for user in node.users)
-        if needed and isinstance(value, Tensor):
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(_insert_tensor(module, f"folded_{node.name}", value))
-    module.graph.eliminate_dead_code()
+def _pack_joined(
+    lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: Callable[[Tensor], list[Tensor]]
+) -> None:
+    x, weights, biases = node.args
+    weight = _join_slots(lowered, weights)
+    packed[weight.name] = pack_weight(lowered.slots[weight.name])
+    lowered.slots[weight.name] = packed[weight.name][0]  # the plain copy gives its memory back
+    bias = None if biases is None else _join_slots(lowered, biases)
+    node.target, node.args = LINEAR, (x, weight, bias, "none", [], "")
 
 
-def _is_pure(node: fx.Node) -> bool:
-    # Uninitialised memory isn't a value, and reordered matrices are never what a rule computes on twice.
-    return node.op == "call_function" and node.target is not _LINEAR and "empty" not in str(node.target)
-
-
-def _insert_tensor(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    module.register_buffer(name, value, persistent=False)
-    return module.graph.get_attr(name)
-
-
-def _join_products(module: fx.GraphModule) -> None:
-    """Members' stacks of products of the same rows, such as query, key and value -> one stack of wider ones."""
-    siblings: dict[tuple[tuple[fx.Node, ...], bool], list[fx.Node]] = {}
-    for node in module.graph.find_nodes(op="call_function", target=_STACK):
-        products = _products(node)
-        if len(node.args) == 1 and all(product.target is _LINEAR for product in products):
-            rows = tuple(product.args[0] for product in products)
-            siblings.setdefault((rows, products[0].args[2] is not None), []).append(node)
-    for (rows, biased), stacks in siblings.items():
-        if len(stacks) > 1:
-            _join_stacks(module, rows, stacks, biased)
-
-
-def _products(stack: fx.Node) -> list[Any]:
-    stacked: Any = stack.args[0]
-    return list(stacked)
-
-
-def _join_stacks(module: fx.GraphModule, rows: tuple[fx.Node, ...], stacks: list[fx.Node], biased: bool) -> None:
-    def tensors(position: int, member: int) -> list[Tensor]:
-        return [getattr(module, _products(stack)[member].args[position].target) for stack in stacks]
-
-    graph = module.graph
-    with graph.inserting_before(stacks[0]):
-        products = []
-        for member, row in enumerate(rows):
-            plain = [matrix.to_dense() for matrix in tensors(1, member)]
-            joined = torch.ops.mkldnn._reorder_linear_weight(torch.cat(plain), 16)
-            name = f"joined_{stacks[0].name}_{member}"
-            weight = _insert_tensor(module, name, joined)
-            bias = _insert_tensor(module, f"{name}_bias", torch.cat(tensors(2, member))) if biased else None
-            products.append(graph.call_function(_LINEAR, (row, weight, bias, "none", [], "")))
-        together = graph.call_function(_STACK, (products,))
-        start = 0
-        for stack, width in zip(stacks, [matrix.shape[0] for matrix in plain], strict=True):
-            part = graph.call_function(torch.ops.aten.slice.Tensor, (together, 2, start, start + width))
-            stack.replace_all_uses_with(part)
-            start += width
+def _join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:
+    """A slot for tensors one below the other; (M, ...) if a member has one of them for itself."""
+    tensors = [lowered.slots[part.name] for part in parts]
+    own = [part.name in lowered.stacked for part in parts]
+    if any(own):
+        count = len(tensors[own.index(True)])
+        tensors = [t if mine else t.expand(count, *t.shape) for t, mine in zip(tensors, own, strict=True)]
+    joined = torch.cat(tensors, dim=1 if any(own) else 0)
+    return new_slot(lowered, f"{parts[0].name}_joined", joined, any(own))
