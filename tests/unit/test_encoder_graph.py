@@ -13,9 +13,9 @@ from vmap_ensemble.encoder_trace import LINEAR, LINEAR_ADD
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution import build_execution
 from vmap_ensemble.lowering import UnsupportedModel
-from vmap_ensemble.schedule import Schedule
 from vmap_ensemble.members import stack_members
 from vmap_ensemble.packing import attend_joined, attend_packed, pack
+from vmap_ensemble.schedule import Schedule
 
 PACKABLE = [name for name in CONFIGS if name != "mpnet"]  # bert is the first
 LENGTHS = ([1], [2], [17], [38], [1, 1], [7, 7, 7], [38, 1, 2, 5, 5, 30])
