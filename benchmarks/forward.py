@@ -29,10 +29,10 @@ from benchmarks.networks import NETWORKS, Args, Network, build_members, paramete
 from benchmarks.roofline import add_roofline, count_work, measure_ceilings
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.proof import TOLERANCE
+from vmap_ensemble.runtime import DTYPES, keep_freed_memory
 
 # Of all members' weights: modules, stack, and what compilers and preparations keep.
 COPIES = 4
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare and print; 1 where a rival's numbers differ from the loop's."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     machine = {
         **describe_machine(device),
