@@ -87,6 +87,17 @@ class Headed(nn.Module):
         return self.fc(self.head(self.trunk(x)).mean((2, 3)))
 
 
+class Heads(nn.Module):
+    """Linear heads on a trunk that all members share."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.fc = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.trunk(x).mean((2, 3)))
+
+
 class HeadedResidual(nn.Module):
     """A shared trunk whose value each member's own convolution reads and is added to."""
 
@@ -317,14 +328,6 @@ def test_shared_trunk_runs_once(shared_norm):
 
 
 def test_heads_behind_a_shared_trunk_are_one_batched_product():
-    class Heads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trunk, self.fc = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Linear(8, 10)
-
-        def forward(self, x):
-            return self.fc(self.trunk(x).mean((2, 3)))
-
     models, members = build_members(Heads, 5, "trunk")
     x = torch.randn(2, 3, 12, 12)
     forward = prepare(Heads().eval(), members, x)
@@ -436,18 +439,29 @@ def test_an_example_that_does_not_fit_is_refused():
         prepare(Plain().eval(), members, torch.randn(1, 2, 14, 14))
 
 
-def test_is_one_vmapped_call(monkeypatch):
-    _, members = build_members(Plain, 2)
-    x = torch.randn(1, 1, 14, 14)
-    forward = prepare(Plain().eval(), members, x)
+@pytest.mark.parametrize(("make", "schedule", "expected"), [(Heads, None, 1), (Patches, JOINT, 1), (Plain, APART, 0)])
+def test_steps_without_a_rule_are_one_vmapped_call(monkeypatch, make, schedule, expected):
     import vmap_ensemble.convolution as module
 
+    models, members = build_members(make, 2, "trunk" if make is Heads else None)
+    x = torch.randn(2, *next((shape for known, shape in CASES.values() if known is make), (3, 12, 12)))
+    forward = prepare(make().eval(), members, x, schedule=schedule)
     calls = []
     real = module.vmap
     monkeypatch.setattr(module, "vmap", lambda *a, **k: calls.append(1) or real(*a, **k))
     assert isinstance(forward, ConvolutionForward)
-    forward(x)
-    assert calls == [1]
+    assert_equal(forward(x), run_loop(models, x))
+    assert len(calls) == expected
+
+
+@pytest.mark.parametrize("schedule", [APART, JOINT])
+def test_the_operator_has_the_rule_for_whoever_vmaps_it(monkeypatch, schedule):
+    """The rule that the forward calls directly, by way of torch.func.vmap."""
+    models, members = build_members(Patches, 3)
+    x = torch.randn(2, 3, 16, 16)
+    forward = prepare(Patches().eval(), members, x, schedule=schedule)
+    monkeypatch.setattr(forward, "_leaves_steps", True)
+    assert_equal(forward(x), run_loop(models, x))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
