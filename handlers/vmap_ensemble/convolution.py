@@ -9,7 +9,7 @@ members share runs once, and heads without convolutions run under the stock rule
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
@@ -94,8 +95,9 @@ class ConvolutionForward:
         joint: Whether the members lie side by side in the channels (`join_members`).
 
     Attributes:
-        schedule: How much runs at the same time; to be set before the first call.
+        schedule: How many members run at the same time; to be set before the first call.
         channels_last: Whether images are wanted in this memory format; others are copied into it.
+        shares_steps: Whether something is worked out once for all members.
         reason: One line on what was prepared.
     """
 
@@ -110,11 +112,11 @@ class ConvolutionForward:
         shared = [n for n in head if n not in apart]
         tail = [*_needed_by(plain, head, [*tail, output]), *tail]
         used = [n for n in head if n not in plain]
+        self.shares_steps = any(n not in plain for n in shared)
         body_outputs = [n for n in _used_by(used, [*tail, output]) if n in apart]
         self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
         self._trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in apart]
         self._joined = [n for n in self._trunk_outputs if n in lowered.joined]
-        self._has_parts = len(self._arguments) == 1 and len(self._joined) == len(self._trunk_outputs)
         self._trunk = extract_program(lowered, shared, tuple(self._trunk_outputs))
         self._run_trunk = self._trunk.compile()
         self._trunk_inputs = [self._arguments.index(node) for node in self._trunk.inputs]
@@ -129,7 +131,7 @@ class ConvolutionForward:
         self._index = torch.arange(count, device=device)
         self.channels_last = bool(head) or device.type == "cuda"
         self.reason = parts.reason
-        self._schedule = Schedule(joint, 0 if joint else 1)
+        self._schedule = Schedule(joint, count if joint else 1)
 
     @property
     def schedule(self) -> Schedule:
@@ -137,27 +139,23 @@ class ConvolutionForward:
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        if schedule.joint != self._schedule.joint:
-            raise ValueError(f"expected a schedule with joint={self._schedule.joint}, got {schedule}")
-        if schedule.joint and schedule.at_a_time and not self._has_parts:
-            raise UnsupportedModel("some of the values that members share don't come image by image")
+        if schedule.joint != self._schedule.joint or (schedule.joint and schedule != self._schedule):
+            raise ValueError(f"expected another number of members at a time than {self._schedule}, got {schedule}")
         if self._body and not schedule.joint:
             self._body.use_groups(schedule.at_a_time)
         self._schedule = schedule
 
-    def schedules(self, batch: int) -> list[Schedule]:
-        """What is worth a measurement, for batches of at most so many examples."""
-        if self._schedule.joint:
-            return [Schedule(True, images) for images in ([0, 1] if batch > 1 and self._has_parts else [0])]
-        if self._body is None:
-            return [Schedule(False, 1)]
+    def schedules(self) -> list[Schedule]:
+        """What is worth a measurement."""
+        if self._schedule.joint or self._body is None:
+            return [self._schedule]
         threads, count = torch.get_num_threads(), len(self._index)
         return [Schedule(False, n) for n in sorted({1, 2, 4, 8, threads}) if n == 1 or n <= min(count, threads)]
 
     @property
-    def runs_apart(self) -> bool:
-        """Whether members run one by one, so that joining them is another way."""
-        return self._body is not None and len(self._index) > 1
+    def runs_members(self) -> bool:
+        """Whether there are steps that members run one by one."""
+        return self._body is not None
 
     def keep_schedule(self) -> None:
         """Stay with the schedule in use: the threads of others end."""
@@ -189,22 +187,14 @@ class ConvolutionForward:
         """Arguments and what is worked out for all members at once."""
         if self.channels_last and not all(map(_is_channels_last, args)):
             args = self._in_body(lambda: tuple(_to_channels_last(arg) for arg in args))
+        trunk = self._run_trunk(*[args[index] for index in self._trunk_inputs], *self._trunk_slots)
         env = dict(zip(self._arguments, args, strict=False))
-        images = self._schedule.at_a_time if self._schedule.joint else 0
-        if images and args[0].shape[0] > images:
-            rows = zip(*(self._trunk_of((chunk,)) for chunk in args[0].split(images)), strict=True)
-            trunk: Sequence[Any] = [torch.cat(row, dim=1) for row in rows]  # (M, B, ...), every one of them
-        else:
-            trunk = self._trunk_of(args)
         env.update(zip(self._trunk_outputs, trunk, strict=True))
         return env
 
     def _in_body(self, job: Callable[[], Result]) -> Result:
         """Run a job where the members run: OpenMP's threads of this one would go on spinning beside theirs."""
         return self._body.threads.call(job) if self._body else job()
-
-    def _trunk_of(self, args: tuple[Tensor, ...]) -> Sequence[Any]:
-        return self._run_trunk(*[args[index] for index in self._trunk_inputs], *self._trunk_slots)
 
     def _member(self, env: dict[fx.Node, Any], index: Tensor, *values: Tensor) -> Any:
         joined, slots = values[: len(self._joined)], values[len(self._joined) :]
@@ -214,6 +204,33 @@ class ConvolutionForward:
             outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, inputs)
             env.update(zip(self._body_outputs, outputs, strict=True))
         return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
+
+
+class JoinedBlocks:
+    """Some members side by side at a time: each block's values stay in the cache from layer to layer.
+
+    Args:
+        blocks: The forwards of as many members each, in the members' order.
+    """
+
+    def __init__(self, blocks: list[ConvolutionForward]) -> None:
+        self.blocks = blocks
+        self.reason, self.channels_last, self.schedule = blocks[0].reason, True, blocks[0].schedule
+
+    def schedules(self) -> list[Schedule]:
+        """The one that the blocks were built for."""
+        return [self.schedule]
+
+    def keep_schedule(self) -> None:
+        """There is no other."""
+
+    def __call__(self, *args: Tensor) -> Any:
+        """Run every member on the same arguments, (B, ...) each; outputs as of `ConvolutionForward`."""
+        outputs = [block(*args) for block in self.blocks]
+        return pytree.tree_map(lambda *rows: torch.cat(rows), *outputs)
+
+
+Prepared = ConvolutionForward | JoinedBlocks
 
 
 class _Body:
@@ -290,7 +307,7 @@ def prepare(
     packed: bool | None = None,
     schedule: Schedule | None = None,
     tolerance: float | None = None,
-) -> ConvolutionForward:
+) -> Prepared:
     """Prepare the fastest vmapped forward known here for a convolutional network.
 
     Args:
@@ -325,7 +342,7 @@ def build_prepared(
     examples: Sequence[tuple[Tensor, ...]],
     packed: bool | None = None,
     schedule: Schedule | None = None,
-) -> ConvolutionForward:
+) -> Prepared:
     """As `prepare`, but not compared with the members' own forwards: the caller does.
 
     Args:
@@ -342,25 +359,45 @@ def build_prepared(
     """
     check_dtypes(members)
     with torch.no_grad():
-        EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
-        build = partial(_build, model, members, examples[0], packed)
-        if schedule is not None:
-            forward = build(joint=schedule.joint)
+        whole = EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
+        if schedule is None:
+            forward = choose_schedule(_candidates(whole, examples[0], packed), examples)
+        else:
+            forward = _build(whole, examples[0], packed, schedule.at_a_time if schedule.joint else 0)
             forward.schedule = schedule
             forward.keep_schedule()
-            return forward
-        forwards = [build(joint=False)]
-        if forwards[0].runs_apart:
-            with suppress(UnsupportedModel):  # some steps can't be joined: nothing to choose
-                forwards.append(build(joint=True))
-        forward = choose_schedule(forwards, examples)
         forward.reason += f"; {forward.schedule}"
         return forward
 
 
-def _build(
-    model: nn.Module, members: StackedMembers, example: tuple[Tensor, ...], packed: bool | None, *, joint: bool
+def _candidates(whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None) -> Iterator[Prepared]:
+    """Members apart, all in one call, and some in one call, as far as the model can be run so."""
+    count = len(whole.members.names)
+    apart = _build_all(whole, example, packed, joint=False)
+    yield apart
+    if count == 1 or not apart.runs_members:
+        return
+    some = [size for size in (4, 3, 2) if size < count and count % size == 0][:1]
+    sizes = [count] if apart.shares_steps else [count, *some]
+    del apart  # if it wasn't the fastest so far, its memory is needed now
+    with suppress(UnsupportedModel):  # a step that can't be joined: there are no other ways
+        for size in sizes:
+            yield _build(whole, example, packed, size)
+
+
+def _build(whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None, in_one_call: int) -> Prepared:
+    """The forward with so many members in one call of each step; 0 leaves them apart."""
+    count = len(whole.members.names)
+    if not 0 < in_one_call < count:
+        return _build_all(whole, example, packed, joint=bool(in_one_call))
+    parts = [whole.part(start, min(start + in_one_call, count)) for start in range(0, count, in_one_call)]
+    return JoinedBlocks([_build_all(part, example, packed, joint=True) for part in parts])
+
+
+def _build_all(
+    whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None, *, joint: bool
 ) -> ConvolutionForward:
+    model, members = whole.model, whole.members
     lowered, count = lower_model(model, members), len(members.names)
     if not any(node.target in CONVOLUTIONS for node in lowered.nodes()):
         raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
@@ -368,8 +405,7 @@ def _build(
     if packed is None:
         packed = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
     if joint:
-        values = record_values(lowered, lowered.nodes(), example)
-        join_members(lowered, count, values)
+        join_members(lowered, count, record_values(lowered, lowered.nodes(), example))
     cut = find_cut(lowered, lowered.nodes()) if packed else 0
     return ConvolutionForward(lowered, count, pack_graph(lowered, cut, example), joint)
 
@@ -437,7 +473,7 @@ def _to_channels_last(tensor: Tensor) -> Tensor:
 
 
 def _check_equal(
-    forward: ConvolutionForward, reference: EnsembleForward, example: tuple[Tensor, ...], tolerance: float | None
+    forward: Prepared, reference: EnsembleForward, example: tuple[Tensor, ...], tolerance: float | None
 ) -> None:
     dtypes = {tensor.dtype for tensor in reference.members.stacked.values() if tensor.is_floating_point()}
     if tolerance is None and dtypes <= {torch.float32}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from vmap_ensemble.measuring import time_block
 
-ROUNDS = 5  # readings per candidate and example at most
-BUDGET_S = 3.0  # but only one once this has passed
-# A candidate so many times slower than the best in the first round is not measured again.
+# Readings of a schedule on each example; the fewer of calls that take longer than so many seconds.
+ROUNDS, FEWER_ROUNDS, LONG_S = 7, 2, 0.1
+# Once choosing has taken so long, no further forward is built; large networks, whose layers are large, gain least.
+BUDGET_S = 5.0
+# A schedule so many times slower than the best in its first reading gets no second one.
 HOPELESS = 1.3
 
 
@@ -24,19 +26,17 @@ class Schedule:
     """How the work of all members is ordered.
 
     Attributes:
-        joint: Members lie side by side in the channels, and one call of each layer computes all of them; else
-            each member goes through the network on its own.
-        at_a_time: If joint: images at a time, 0 for the whole batch; the fewer, the more stays in the cache. Else:
-            members at a time, each on its share of the threads.
+        joint: Members lie side by side in the channels, and one call of each layer computes them; else each
+            member goes through the network on its own.
+        at_a_time: If joint: members in a call, of which the fewer need the less cache. Else: members at the same
+            time, each on its share of the threads.
     """
 
     joint: bool
     at_a_time: int
 
     def __str__(self) -> str:
-        if not self.joint:
-            return f"{self.at_a_time} members at a time"
-        return "all members in one call" + (f", {self.at_a_time} image at a time" if self.at_a_time else "")
+        return f"{self.at_a_time} members {'in one call' if self.joint else 'at a time'}"
 
 
 class Scheduled(Protocol):
@@ -44,8 +44,8 @@ class Scheduled(Protocol):
 
     schedule: Schedule
 
-    def schedules(self, batch: int) -> list[Schedule]:
-        """What is worth a measurement for batches of at most so many examples."""
+    def schedules(self) -> list[Schedule]:
+        """What is worth a measurement."""
 
     def keep_schedule(self) -> None:
         """Stay with the schedule in use."""
@@ -58,40 +58,43 @@ Forward = TypeVar("Forward", bound=Scheduled)
 Example = Sequence[Tensor]
 
 
-def choose_schedule(forwards: Sequence[Forward], examples: Sequence[Example]) -> Forward:
+def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) -> Forward:
     """Run every forward in each of its orders, and keep the fastest.
 
     Args:
-        forwards: The same values by different means, at least one.
+        forwards: The same values by different means, at least one, built as they are asked for: the slower of two
+            gives its memory back before the next is built.
         examples: Argument tuples, each (B, ...), of the sizes that will be served.
 
     Returns:
         The fastest over all examples (by the product of its times), with its schedule set.
     """
-    batch = max(int(example[0].shape[0]) for example in examples)
-    candidates = [(forward, schedule) for forward in forwards for schedule in forward.schedules(batch)]
-    best, schedule = candidates[0] if len(candidates) == 1 else _fastest(candidates, examples)
-    best.schedule = schedule
-    best.keep_schedule()
-    return best
-
-
-def _fastest(candidates: list[tuple[Forward, Schedule]], examples: Sequence[Example]) -> tuple[Forward, Schedule]:
-    times_s: dict[int, list[list[float]]] = {index: [[] for _ in examples] for index in range(len(candidates))}
-    deadline_s = time.perf_counter() + BUDGET_S
-    for round_ in range(ROUNDS):
-        if round_ and time.perf_counter() > deadline_s:
-            break
-        for index, readings in times_s.items():
-            forward, schedule = candidates[index]
+    best: tuple[Forward, Schedule] | None = None
+    best_s, deadline_s = math.inf, time.perf_counter() + BUDGET_S
+    for forward in forwards:
+        schedules = forward.schedules()
+        for schedule in schedules:
             forward.schedule = schedule
-            for example, own in zip(examples, readings, strict=True):
-                # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
-                own.append(time_block(forward, tuple(example), about_s=own[-1] if own else 0.0))
-        best_s = min(map(_score, times_s.values()))
-        times_s = {index: own for index, own in times_s.items() if _score(own) <= HOPELESS ** len(examples) * best_s}
-    return candidates[min(times_s, key=lambda index: _score(times_s[index]))]
+            seconds = _measure(forward, examples, best_s)
+            if best is None or seconds < best_s:
+                best, best_s = (forward, schedule), seconds
+        if time.perf_counter() > deadline_s:
+            break
+    if best is None:
+        raise ValueError("expected at least one forward with a schedule, got none")
+    chosen, schedule = best
+    chosen.schedule = schedule
+    chosen.keep_schedule()
+    return chosen
 
 
-def _score(readings: list[list[float]]) -> float:
+def _measure(forward: Scheduled, examples: Sequence[Example], best_s: float) -> float:
+    """The product of the seconds that each example takes."""
+    # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
+    readings = [[time_block(forward, tuple(example), about_s=0.0)] for example in examples]
+    if math.prod(own[0] for own in readings) > HOPELESS ** len(examples) * best_s:
+        return math.inf
+    for _ in range((ROUNDS if max(own[0] for own in readings) < LONG_S else FEWER_ROUNDS) - 1):
+        for example, own in zip(examples, readings, strict=True):
+            own.append(time_block(forward, tuple(example), about_s=own[0]))
     return math.prod(statistics.median(own) for own in readings)

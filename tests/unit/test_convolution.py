@@ -16,7 +16,13 @@ from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
 from vmap_ensemble.schedule import Schedule
 
-APART, JOINT = Schedule(False, 1), Schedule(True, 0)
+APART = Schedule(False, 1)
+
+
+def joint(members):
+    """All of them in one call."""
+    return Schedule(True, len(members.names))
+
 
 
 class Plain(nn.Module):
@@ -208,12 +214,13 @@ def test_equals_the_loop(case, packed, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("in_one_call", [5, 2])
 @pytest.mark.parametrize("case", ["plain", "flat", "residual"])
-def test_joined_members_equal_the_loop(case, images, count):
+def test_joined_members_equal_the_loop(case, in_one_call, count):
     make, shape = CASES[case]
     models, members = build_members(make, count)
-    forward = prepare(make().eval(), members, torch.randn(3, *shape), schedule=Schedule(True, images))
+    schedule = Schedule(True, min(count, in_one_call))
+    forward = prepare(make().eval(), members, torch.randn(3, *shape), schedule=schedule)
     for size in (3, 1, 4):
         x = torch.randn(size, *shape)
         assert_equal(forward(x), run_loop(models, x))
@@ -223,7 +230,8 @@ def test_joined_members_equal_the_loop(case, images, count):
 def test_joined_members_with_layers_in_common(shared):
     models, members = build_members(Flat, 3, shared)
     x = torch.randn(2, 1, 14, 14)
-    schedule = APART if shared == "features" else JOINT  # without a convolution of their own nothing is joined
+    # Without a convolution of their own nothing is joined.
+    schedule = APART if shared == "features" else joint(members)
     assert_equal(prepare(Flat().eval(), members, x, schedule=schedule)(x), run_loop(models, x))
 
 
@@ -231,13 +239,13 @@ def test_joined_members_with_layers_in_common(shared):
 def test_joined_heads_read_a_shared_trunk(make):
     models, members = build_members(make, 3, "trunk")
     x = torch.randn(2, 3, 12, 12)
-    assert_equal(prepare(make().eval(), members, x, schedule=JOINT)(x), run_loop(models, x))
+    assert_equal(prepare(make().eval(), members, x, schedule=joint(members))(x), run_loop(models, x))
 
 
 def test_joined_members_leave_other_steps_to_vmap():
     models, members = build_members(Patches, 3)
     x = torch.randn(2, 3, 16, 16)
-    assert_equal(prepare(Patches().eval(), members, x, schedule=JOINT)(x), run_loop(models, x))
+    assert_equal(prepare(Patches().eval(), members, x, schedule=joint(members))(x), run_loop(models, x))
 
 
 def test_joined_members_are_one_call_of_each_step(monkeypatch):
@@ -246,7 +254,7 @@ def test_joined_members_are_one_call_of_each_step(monkeypatch):
     monkeypatch.setattr(module, "vmap", None)  # every step has its rule: nothing is left for it
     models, members = build_members(Residual, 5)
     x = torch.randn(2, 3, 16, 16)
-    forward = prepare(Residual().eval(), members, x, schedule=JOINT)
+    forward = prepare(Residual().eval(), members, x, schedule=joint(members))
     with CountCalls() as counted:
         got = forward(x)
     assert_equal(got, run_loop(models, x))
@@ -258,7 +266,7 @@ def test_joined_members_are_one_call_of_each_step(monkeypatch):
 def test_steps_that_mix_channels_before_a_convolution_are_not_joined():
     _, members = build_members(Mobile, 2)
     with pytest.raises(UnsupportedModel, match="can't be joined: its input is neither joined nor shared"):
-        prepare(Mobile().eval(), members, torch.randn(1, 3, 20, 20), schedule=JOINT)
+        prepare(Mobile().eval(), members, torch.randn(1, 3, 20, 20), schedule=joint(members))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -439,7 +447,9 @@ def test_an_example_that_does_not_fit_is_refused():
         prepare(Plain().eval(), members, torch.randn(1, 2, 14, 14))
 
 
-@pytest.mark.parametrize(("make", "schedule", "expected"), [(Heads, None, 1), (Patches, JOINT, 1), (Plain, APART, 0)])
+@pytest.mark.parametrize(
+    ("make", "schedule", "expected"), [(Heads, None, 1), (Patches, Schedule(True, 2), 1), (Plain, APART, 0)]
+)
 def test_steps_without_a_rule_are_one_vmapped_call(monkeypatch, make, schedule, expected):
     import vmap_ensemble.convolution as module
 
@@ -454,7 +464,7 @@ def test_steps_without_a_rule_are_one_vmapped_call(monkeypatch, make, schedule, 
     assert len(calls) == expected
 
 
-@pytest.mark.parametrize("schedule", [APART, JOINT])
+@pytest.mark.parametrize("schedule", [APART, Schedule(True, 3)])
 def test_the_operator_has_the_rule_for_whoever_vmaps_it(monkeypatch, schedule):
     """The rule that the forward calls directly, by way of torch.func.vmap."""
     models, members = build_members(Patches, 3)
@@ -469,7 +479,7 @@ def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch
     monkeypatch.setattr(prepacking, "MIN_LINEAR_WEIGHTS", 12 * 288)
     models, members = build_members(Flat, count)
     x = torch.randn(3, 1, 14, 14)
-    forward = prepare(Flat().eval(), members, x, schedule=JOINT)
+    forward = prepare(Flat().eval(), members, x, schedule=joint(members))
     assert "and 1 linear layers" in forward.reason  # the last one is small
     for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
         with CountCalls() as counted:
@@ -479,10 +489,10 @@ def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch
         assert_equal(got, run_loop(models, batch))
 
 
-@pytest.mark.parametrize("fast", [Schedule(False, 1), Schedule(False, 2), Schedule(True, 0), Schedule(True, 1)])
+@pytest.mark.parametrize("fast", [Schedule(False, 1), Schedule(False, 2), Schedule(True, 6), Schedule(True, 3)])
 def test_the_fastest_schedule_is_kept(monkeypatch, fast):
     """Each of them wins where its readings are the shortest."""
-    models, members = build_members(Plain, 4)
+    models, members = build_members(Plain, 6)
     x = torch.randn(2, 1, 14, 14)
 
     def read(forward, example, about_s):
