@@ -1,9 +1,10 @@
 """Turns a convolutional network and its stacked members into a vmapped forward that beats the loop.
 
-A vmapped convolution is a grouped convolution, which is slower than the loop on a CPU. Here the member's
-graph is lowered (folded batch norm, fused relu and residual), and becomes one custom operator with a vmap
-rule of its own: under vmap it runs the members on oneDNN's prepacked weights, spread over the cores. What all
-members share runs once, and heads without convolutions run under the stock rules, in the same vmap call.
+A vmapped convolution is a grouped convolution, which stock vmap runs slower than the loop on a CPU. Here the
+member's graph is lowered (folded batch norm, fused relu and residual) and its batching rules are applied at load:
+members in one call of each step, or one by one as one custom operator with a vmap rule, on oneDNN's prepacked
+weights either way, whichever is measured faster. What all members share runs once, and steps without a rule, such
+as heads on a shared trunk, run under torch.func.vmap's stock rules.
 """
 
 from __future__ import annotations

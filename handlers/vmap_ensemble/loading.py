@@ -34,7 +34,13 @@ from vmap_ensemble.members import StackedMembers, load_members, read_manifest
 from vmap_ensemble.metrics import Metrics
 from vmap_ensemble.precision import Precision, read_precision
 from vmap_ensemble.proof import Proof
-from vmap_ensemble.runtime import DTYPES, configure_torch, quieten_worker, seconds_since_process_start
+from vmap_ensemble.runtime import (
+    DTYPES,
+    configure_torch,
+    quieten_worker,
+    return_freed_memory,
+    seconds_since_process_start,
+)
 from vmap_ensemble.settings import Settings, load_settings
 
 logger = logging.getLogger(__name__)
@@ -123,6 +129,7 @@ class LoadedEnsemble(BaseHandler):
             raise
         self.initialized = True
         self.metrics.flush()
+        return_freed_memory()
         quieten_worker()
         logger.info("ready: %s", json.dumps(self._summary()))
 

@@ -136,7 +136,8 @@ def is_large_linear(lowered: LoweredModel, node: fx.Node) -> bool:
     if node.target not in (F.linear, multiply_members) or node.kwargs or len(node.args) != 3:
         return False
     weight = lowered.slots.get(getattr(node.args[1], "name", ""))
-    return weight is not None and weight.dtype == torch.float32 and math.prod(weight.shape[-2:]) >= MIN_LINEAR_WEIGHTS
+    fast = (torch.float32, torch.bfloat16)
+    return weight is not None and weight.dtype in fast and math.prod(weight.shape[-2:]) >= MIN_LINEAR_WEIGHTS
 
 
 def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) -> bool:

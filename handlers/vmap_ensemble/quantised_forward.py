@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class QuantisedForward(EnsembleForward):
-    """The forward of all members with 8-bit weights and activations, on a CPU: one call of torch.func.vmap.
+    """The vmapped forward of all members with 8-bit weights and activations, on a CPU; see `ConvolutionForward`.
 
     Its members and its loop are the same 8-bit numbers in plain torch. One rounding that falls the other way is
     a step of 1/255 of a layer's range, so the two agree to `tolerance` and not to float32's rounding.
@@ -78,7 +78,7 @@ class QuantisedForward(EnsembleForward):
         self.reason, self.channels_last = f"{self._run.reason}; {self._run.schedule}", self._run.channels_last
 
     def __call__(self, *args: Any) -> Any:
-        """Run every member on the same arguments in one vmapped call; outputs (M, B, ...)."""
+        """Run every member on the same arguments in one call; outputs (M, B, ...)."""
         return self._run(*args)
 
     def member(self, index: int, *args: Any) -> Any:

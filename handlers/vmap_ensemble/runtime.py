@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import sys
@@ -71,6 +72,14 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(mallopt(option, size) for option, size in _MALLOC_OPTIONS)
+
+
+def return_freed_memory() -> None:
+    """Hand back what loading has freed: what `keep_freed_memory` keeps is meant for the tensors of a forward."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        gc.collect()  # graphs refer to each other in circles
+        trim(0)
 
 
 def quieten_worker() -> None:

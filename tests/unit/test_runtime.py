@@ -1,14 +1,19 @@
 """Settings decide torch's precision in the worker, whatever TorchServe set at import."""
 
 import logging
+import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from vmap_ensemble.runtime import configure_torch, seconds_since_process_start
 from vmap_ensemble.settings import Settings
+
+PATHS = {"PYTHONPATH": str(Path(__file__).parents[2] / "handlers")}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,32 @@ def test_float16_without_kernels_is_logged(monkeypatch, caplog, dtype, kernels, 
         runtime = configure_torch(Settings(dtype=dtype, device="cpu"), None, {})
     assert runtime.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert sum("no float16 kernels" in message for message in caplog.messages) == warned
+
+
+FREED = """
+import psutil, torch
+from vmap_ensemble.runtime import keep_freed_memory, return_freed_memory
+rss_mib = lambda: psutil.Process().memory_info().rss / 2**20
+if not keep_freed_memory():
+    raise SystemExit(77)
+before = rss_mib()
+tensors = [torch.ones(2**18) for _ in range(256)]
+held = torch.ones(2**18)  # so that the freed ones don't lie at the end, where free() would hand them back
+del tensors
+kept = rss_mib()
+return_freed_memory()
+print(kept - before, rss_mib() - before)
+"""
+
+
+def test_freed_memory_is_kept_until_it_is_returned():
+    run = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, env={**os.environ, **PATHS})
+    if run.returncode == 77:
+        pytest.skip("no glibc to tell")
+    assert run.returncode == 0, run.stderr
+    kept_mib, returned_mib = map(float, run.stdout.split())
+    assert kept_mib > 200  # of 256 MiB
+    assert returned_mib < 50
 
 
 def test_the_age_of_a_process_is_exact_to_a_tick():
