@@ -36,7 +36,7 @@ _ROUNDS, _BUDGET_S = 4, 0.5
 
 
 class PreparedEncoder:
-    """The prepared forward of all members, for any batch: vmap's work done beforehand, by one rule for a member's steps.
+    """The prepared forward of all members, for any batch: vmap's work done at load, by one rule for a member's steps.
 
     Args:
         forward: The packed forward, float32 on a CPU.
