@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.convolution import ConvolutionForward, PackedGraph
 from vmap_ensemble.encoder_trace import LINEAR, LINEAR_ADD, graph_arguments, linear_joined, new_slot, trace_encoder
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots
 from vmap_ensemble.measuring import time_block
 from vmap_ensemble.packing import pack
+from vmap_ensemble.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.schedule import Schedule
 from vmap_ensemble.steps import MIN_LINEAR_WEIGHTS
 
@@ -60,7 +60,7 @@ class PreparedEncoder:
         packed = pack_linears(lowered, forward.packed_weights)
         values = {node: node.meta["val"] for node in lowered.nodes()}
         graph = PackedGraph(lowered.nodes(), [], values, packed, f"{len(packed)} linear layers on packed weights")
-        self._run = ConvolutionForward(lowered, len(forward.members.names), graph)
+        self._run = PreparedForward(lowered, len(forward.members.names), graph)
         self.at_a_time = {FEW_TOKENS: 1, MANY_TOKENS: 1}
         for lengths in ([1], [2], [3, 1, 3]):  # the sizes that tracing might have taken for constants, and others
             self._check(lengths)

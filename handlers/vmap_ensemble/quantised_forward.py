@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.calibration import Batch, quantisable_head
-from vmap_ensemble.convolution import ConvolutionForward, PackedGraph
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
 from vmap_ensemble.precision import PRECISION_FILE, Precision
 from vmap_ensemble.prepacking import member_slot, record_values
+from vmap_ensemble.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.quantisation import Ranges, quantise_graph
 from vmap_ensemble.quantised_kernels import pack_quantised
 from vmap_ensemble.quantised_steps import Layer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class QuantisedForward(EnsembleForward):
-    """The vmapped forward of all members with 8-bit weights and activations, on a CPU; see `ConvolutionForward`.
+    """The vmapped forward of all members with 8-bit weights and activations, on a CPU; see `PreparedForward`.
 
     Its members and its loop are the same 8-bit numbers in plain torch. One rounding that falls the other way is
     a step of 1/255 of a layer's range, so the two agree to `tolerance` and not to float32's rounding.
@@ -96,7 +96,7 @@ class QuantisedForward(EnsembleForward):
         return run
 
 
-def _build(lowered: LoweredModel, count: int, parts: PackedGraph) -> ConvolutionForward:
+def _build(lowered: LoweredModel, count: int, parts: PackedGraph) -> PreparedForward:
     """The same graph on oneDNN's kernels."""
     layers = sum(isinstance(rows[0], Layer) for rows in parts.packed.values())
     reason = f"{layers} layers in 8 bits"
@@ -105,7 +105,7 @@ def _build(lowered: LoweredModel, count: int, parts: PackedGraph) -> Convolution
     except (RuntimeError, NotImplementedError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModel(f"quantization int8: oneDNN can't pack a layer here: {line}") from error
-    return ConvolutionForward(lowered, count, dataclasses.replace(parts, packed=packed, reason=reason))
+    return PreparedForward(lowered, count, dataclasses.replace(parts, packed=packed, reason=reason))
 
 
 def _check_members(members: StackedMembers) -> None:

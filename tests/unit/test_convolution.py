@@ -9,11 +9,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble import prepacking, schedule
-from vmap_ensemble.convolution import ConvolutionForward, UnsupportedModel, prepare
+from vmap_ensemble.convolution import prepare
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.lowering import UnsupportedModel
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
+from vmap_ensemble.prepared import PreparedForward
 from vmap_ensemble.schedule import Schedule
 
 APART = Schedule(False, 1)
@@ -249,7 +251,7 @@ def test_joined_members_leave_other_steps_to_vmap():
 
 
 def test_joined_members_are_one_call_of_each_step(monkeypatch):
-    import vmap_ensemble.convolution as module
+    import vmap_ensemble.prepared as module
 
     monkeypatch.setattr(module, "vmap", None)  # every step has its rule: nothing is left for it
     models, members = build_members(Residual, 5)
@@ -451,7 +453,7 @@ def test_an_example_that_does_not_fit_is_refused():
     ("make", "schedule", "expected"), [(Heads, None, 1), (Patches, Schedule(True, 2), 1), (Plain, APART, 0)]
 )
 def test_steps_without_a_rule_are_one_vmapped_call(monkeypatch, make, schedule, expected):
-    import vmap_ensemble.convolution as module
+    import vmap_ensemble.prepared as module
 
     models, members = build_members(make, 2, "trunk" if make is Heads else None)
     x = torch.randn(2, *next((shape for known, shape in CASES.values() if known is make), (3, 12, 12)))
@@ -459,7 +461,7 @@ def test_steps_without_a_rule_are_one_vmapped_call(monkeypatch, make, schedule, 
     calls = []
     real = module.vmap
     monkeypatch.setattr(module, "vmap", lambda *a, **k: calls.append(1) or real(*a, **k))
-    assert isinstance(forward, ConvolutionForward)
+    assert isinstance(forward, PreparedForward)
     assert_equal(forward(x), run_loop(models, x))
     assert len(calls) == expected
 

@@ -81,8 +81,8 @@ def test_what_members_share_is_computed_once(own, monkeypatch):
     forward = build_encoder_forward(model, stack_members(states))
     inputs = inputs_of("bert", [3, 20, 11])
     calls = []
-    whole = encoder_graph.ConvolutionForward
-    monkeypatch.setattr(encoder_graph, "ConvolutionForward", lambda *parts: calls.append(whole(*parts)) or calls[-1])
+    whole = encoder_graph.PreparedForward
+    monkeypatch.setattr(encoder_graph, "PreparedForward", lambda *parts: calls.append(whole(*parts)) or calls[-1])
     with torch.inference_mode():
         prepared = PreparedEncoder(forward, inputs)
         assert_equal(prepared(*inputs), forward.loop(*inputs), inputs[1], "sequence")

@@ -10,8 +10,8 @@ from tests.unit.test_convolution import APART, CASES, Headed, build_members
 from vmap_ensemble import quantised_kernels as kernels
 from vmap_ensemble import quantised_steps as q8
 from vmap_ensemble.calibration import calibrate
-from vmap_ensemble.convolution import UnsupportedModel
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.lowering import UnsupportedModel
 from vmap_ensemble.precision import Precision
 from vmap_ensemble.proof import prove_equal
 from vmap_ensemble.quantised_forward import QuantisedForward, quantise_forward
