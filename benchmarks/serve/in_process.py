@@ -41,9 +41,9 @@ from benchmarks.serve.archives import (
     write_members,
 )
 from scripts.private_torchserve import add_archive
+from vmap_ensemble.measuring import PAUSE_S
 
 TOLERANCE = 1e-4  # absolute, of a probability
-SETTLE_S = 0.02  # threads of the one before spin for 7 ms after its last parallel region
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,7 +163,7 @@ def measure(
     for round_ in range(rounds + 2):
         for name in itertools.islice(itertools.cycle(rivals), round_ % 2, round_ % 2 + len(rivals)):
             rival = rivals[name]
-            time.sleep(SETTLE_S)
+            time.sleep(PAUSE_S)
             rival.ask(bodies)
             for _ in range(calls):
                 rival.forward_s = 0.0

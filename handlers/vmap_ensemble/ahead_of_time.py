@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmap_ensemble.errors import LoadError
+from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.members import StackedMembers, hash_file
 
 COMPILED_FOLDER = "compiled"
@@ -90,14 +90,13 @@ class Target:
 
 def target_here(members: StackedMembers, example: Sequence[int]) -> Target:
     """What code that is compiled here, for these members and examples of this shape, is good for."""
-    tensors = [*members.stacked.values(), *members.shared.values()]
-    floating = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    floating = next((tensor.dtype for tensor in members.tensors() if tensor.is_floating_point()), torch.float32)
     told: Mapping[str, Any] = torch.cpu.get_capabilities()
     return Target(
         torch=torch.__version__,
         architecture=str(told["architecture"]),
         features=tuple(sorted(name for name, has in told.items() if has is True)),
-        device=tensors[0].device.type,
+        device=members.device.type,
         dtype=str(floating).removeprefix("torch."),
         example=tuple(example),
         members=tuple(member.sha256 for member in members.members),
@@ -169,4 +168,4 @@ def _load(folder: Path, package: Package) -> Any:
         # torch._inductor.aoti_load_package would import the whole compiler, which takes seconds.
         return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     except RuntimeError as error:
-        raise LoadError(f"{package.file}: can't be loaded ({str(error).splitlines()[0]})") from None
+        raise LoadError(f"{package.file}: can't be loaded ({first_line(error)})") from None

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vmap_ensemble.errors import MemberError
+from vmap_ensemble.errors import MemberError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +81,12 @@ def _read_pickle(path: Path) -> Any:
             "(weights_only=True). Save it again with torch.save(model.state_dict(), path)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise MemberError(f"{path.name}: not a whole torch checkpoint ({_first_line(error)})") from None
+        raise MemberError(f"{path.name}: not a whole torch checkpoint ({first_line(error)})") from None
 
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _unwrap(loaded: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import RequestError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ChunkedRun:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0]
+                failure = first_line(error)
             # Outside of `except`, which would keep the failed call's tensors alive.
             self._halve(batch, failure)
 

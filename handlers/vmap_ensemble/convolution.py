@@ -148,9 +148,8 @@ def _build_all(
     lowered, count = lower_model(model, members), len(members.names)
     if not any(node.target in CONVOLUTIONS for node in lowered.nodes()):
         raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
-    tensors = [*members.stacked.values(), *members.shared.values()]
     if packed is None:
-        packed = tensors[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
+        packed = members.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if joint:
         join_members(lowered, count, record_values(lowered, lowered.nodes(), example))
     cut = find_cut(lowered, lowered.nodes()) if packed else 0
@@ -163,14 +162,14 @@ def check_dtypes(members: StackedMembers) -> None:
     Raises:
         UnsupportedModel: Names the dtype, and what takes it.
     """
-    tensors = [*members.stacked.values(), *members.shared.values()]
     fast = {torch.float32, torch.float16, torch.bfloat16}
-    if tensors[0].device.type == "cpu":
+    if members.device.type == "cpu":
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             fast.discard(torch.bfloat16)
         if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
             fast.discard(torch.float16)
-    wrong = sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()} - set(map(str, fast)))
+    found = {str(tensor.dtype) for tensor in members.tensors() if tensor.is_floating_point()}
+    wrong = sorted(found - set(map(str, fast)))
     if wrong:
         raise UnsupportedModel(
             f"this device has no fast convolution of {', '.join(wrong)}, only of "

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.encoder_trace import LINEAR, LINEAR_ADD, graph_arguments, linear_joined, new_slot, trace_encoder
+from vmap_ensemble.encoder_trace import LINEAR_ADD, graph_arguments, linear_joined, trace_encoder
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, slot_name
 from vmap_ensemble.measuring import time_block
 from vmap_ensemble.packing import pack
+from vmap_ensemble.prepacking import LINEAR
 from vmap_ensemble.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.schedule import Schedule
 from vmap_ensemble.steps import MIN_LINEAR_WEIGHTS
@@ -51,8 +52,8 @@ class PreparedEncoder:
     """
 
     def __init__(self, forward: PackedEncoderForward, example: tuple[Any, ...]) -> None:
-        tensors = [*forward.members.stacked.values(), *forward.members.shared.values()]
-        if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
+        tensors = [tensor for tensor in forward.members.tensors() if tensor.is_floating_point()]
+        if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
             raise UnsupportedModel("expected float32 weights on a CPU; use eager or compiled")
         self.forward = forward
         self._with_types = len(example) > 2 and example[2] is not None
@@ -140,7 +141,7 @@ def _pack_one(
     if is_plain and tensor.shape[-2:].numel() < MIN_LINEAR_WEIGHTS:
         node.target, node.args = F.linear, node.args[:3]
         return
-    slot = new_slot(lowered, f"{weight.name}_packed", tensor, weight.name in lowered.stacked)
+    slot = lowered.add_slot(slot_name(f"{weight.name}_packed"), tensor, weight.name in lowered.stacked)
     packed[slot.name] = pack_weight(tensor)
     node.update_arg(place, slot)
 
@@ -164,4 +165,4 @@ def _join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:
         count = len(tensors[own.index(True)])
         tensors = [t if mine else t.expand(count, *t.shape) for t, mine in zip(tensors, own, strict=True)]
     joined = torch.cat(tensors, dim=1 if any(own) else 0)
-    return new_slot(lowered, f"{parts[0].name}_joined", joined, any(own))
+    return lowered.add_slot(slot_name(f"{parts[0].name}_joined"), joined, any(own))

@@ -20,13 +20,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched
+from vmap_ensemble.lowering import (
+    LoweredModel,
+    UnsupportedModel,
+    drop_unused_slots,
+    mark_batched,
+    only_user,
+    replace_node,
+    slot_name,
+)
 from vmap_ensemble.packing import Group, Packing, attend_joined
+from vmap_ensemble.prepacking import LINEAR
 
 if TYPE_CHECKING:
     from vmap_ensemble.encoder import PackedEncoderForward
 
-LINEAR = torch.ops.mkldnn._linear_pointwise.default
 LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
 _ATTEND = torch.ops.vmap_ensemble.attend_packed.default
 _aten = torch.ops.aten
@@ -113,22 +121,11 @@ def _open_slots(traced: fx.GraphModule, forward: PackedEncoderForward, keys: dic
         if key is None:
             continue
         if key not in nodes:
-            nodes[key] = new_slot(lowered, key, tensors[key], key in forward.members.stacked)
+            nodes[key] = lowered.add_slot(slot_name(key), tensors[key], key in forward.members.stacked)
             nodes[key].meta = dict(node.meta)
-        _replace(node, nodes[key])
+        replace_node(node, nodes[key])
     mark_batched(lowered)
     return lowered
-
-
-def new_slot(lowered: LoweredModel, key: str, tensor: Tensor, stacked: bool) -> fx.Node:
-    """A placeholder before all other nodes, for a tensor (M, ...) of the members or (...) of all."""
-    with lowered.graph.inserting_before(next(iter(lowered.graph.nodes))):
-        node = lowered.graph.placeholder("slot_" + key.replace(".", "_"))
-    lowered.slots[node.name] = tensor.detach()
-    if stacked:
-        lowered.stacked.add(node.name)
-        lowered.batched.add(node)
-    return node
 
 
 def _unify_sizes(graph: fx.Graph) -> None:
@@ -137,7 +134,7 @@ def _unify_sizes(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=_SIZE):
         size = str(node.meta["val"])
         if size in first:
-            _replace(node, first[size])
+            replace_node(node, first[size])
         else:
             first[size] = node
 
@@ -166,11 +163,11 @@ def _shorten_layer_norm(node: fx.Node) -> None:
     for user in list(node.users):
         if user.args[1] == 0:
             new.meta = dict(user.meta)
-            _replace(user, new)
+            replace_node(user, new)
 
 
 def _fuse_activation(node: fx.Node) -> None:
-    user = _only_user(node)
+    user = only_user(node)
     if user is None:
         return
     if user.target is _aten.gelu.default:
@@ -179,11 +176,11 @@ def _fuse_activation(node: fx.Node) -> None:
         node.args = (*node.args[:3], "relu", [], "")
     else:
         return
-    _replace(user, node)
+    replace_node(user, node)
 
 
 def _fuse_addition(node: fx.Node) -> None:
-    user = _only_user(node)
+    user = only_user(node)
     x, weight, bias, activation = node.args[:4]
     if user is None or user.target is not _aten.add.Tensor or user.kwargs or activation != "none":
         return
@@ -193,7 +190,7 @@ def _fuse_addition(node: fx.Node) -> None:
     with node.graph.inserting_before(user):
         new = node.graph.call_function(LINEAR_ADD, (x, other, weight, bias, "add"))
     new.meta = dict(user.meta)
-    _replace(user, new)
+    replace_node(user, new)
 
 
 def _join_attention(node: fx.Node) -> None:
@@ -215,7 +212,7 @@ def _join_attention(node: fx.Node) -> None:
         new = node.graph.call_function(attend_joined, (joined, groups, heads, scale))
     joined.meta, new.meta = dict(products[0].meta), dict(flat[0].meta)
     for user in flat:
-        _replace(user, new)
+        replace_node(user, new)
 
 
 def linear_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...] | None) -> Tensor:
@@ -237,12 +234,3 @@ def _climb(node: fx.Node) -> Iterator[fx.Node]:
     while isinstance(node, fx.Node):
         yield node
         node = node.args[0]  # type: ignore[assignment]
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _replace(node: fx.Node, new: Any) -> None:
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)

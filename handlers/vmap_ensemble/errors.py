@@ -35,3 +35,8 @@ class RequestError(EnsembleError):
         super().__init__(message)
         self.status = status
         self.message = message
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,7 +23,7 @@ from vmap_ensemble.batching_rules import FastRules
 from vmap_ensemble.choice_cache import Candidate, Choice, ChoiceCache
 from vmap_ensemble.convolution import build_prepared
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
-from vmap_ensemble.errors import LoadError, SettingsError
+from vmap_ensemble.errors import LoadError, SettingsError, first_line
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.measuring import LONG_S, LOOP, Args, Readings, Run, time_block, time_call
 from vmap_ensemble.native_code import compile_here, why_not
@@ -167,7 +167,7 @@ def _build(name: str, forward: EnsembleForward, examples: Sequence[Args], option
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {_first_line(error)}") from error
+        raise LoadError(f"execution '{name}' can't be had: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _loop(forward: EnsembleForward) -> Run:
@@ -178,7 +178,7 @@ def _loop(forward: EnsembleForward) -> Run:
         return UnrolledModules(forward).eval()
     except Exception as error:  # whatever the copying of somebody's module may raise
         name = type(forward.model).__name__
-        logger.warning("the loop swaps weights: %s can't be copied: %s", name, _first_line(error))
+        logger.warning("the loop swaps weights: %s can't be copied: %s", name, first_line(error))
         return forward.loop
 
 
@@ -285,7 +285,7 @@ class _Auto:
 
     def _refuse(self, candidate: Candidate, error: LoadError) -> None:
         self.runs.pop(candidate.name, None)
-        candidate.refused = _first_line(error)
+        candidate.refused = first_line(error)
         self.candidates[candidate.name] = candidate
         logger.info("execution '%s' is not a candidate: %s", candidate.name, candidate.refused)
 
@@ -337,9 +337,4 @@ class _Auto:
 
 
 def _device_of(forward: EnsembleForward) -> torch.device:
-    tensors = [*forward.members.stacked.values(), *forward.members.shared.values()]
-    return tensors[0].device
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return forward.members.device

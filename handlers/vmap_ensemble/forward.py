@@ -62,7 +62,7 @@ class EnsembleForward:
         self._own = {key: tensor for key, tensor in members.stacked.items() if key not in members.ties}
         _drop_own_tensors(model, members)
         # vmap wants at least one batched argument, which N equal members don't have.
-        self._index = torch.arange(len(members.names), device=_device_of(members))
+        self._index = torch.arange(len(members.names), device=members.device)
 
     def __call__(self, *args: Any) -> Any:
         """Run every member on the same arguments in one vmapped call.
@@ -133,22 +133,14 @@ class EnsembleForward:
         return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
 
 
-def _device_of(members: StackedMembers) -> torch.device:
-    for tensors in (members.stacked, members.shared):
-        for tensor in tensors.values():
-            return tensor.device
-    raise LoadError("the members hold no tensors; expected at least one parameter or buffer")
-
-
 def _float_dtype_of(members: StackedMembers) -> torch.dtype | None:
-    tensors = (*members.stacked.values(), *members.shared.values())
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+    return next((tensor.dtype for tensor in members.tensors() if tensor.is_floating_point()), None)
 
 
 def _drop_own_tensors(model: nn.Module, members: StackedMembers) -> None:
     """Replace what the members fill by meta tensors (ties kept); what they don't goes to their device and dtype."""
     filled = set(members.stacked) | set(members.shared)
-    device, dtype = _device_of(members), _float_dtype_of(members)
+    device, dtype = members.device, _float_dtype_of(members)
     replaced: dict[int, nn.Parameter | Tensor] = {}
     by_id: dict[int, list[str]] = {}
     for name, tensor in _named_tensors(model):

@@ -139,9 +139,7 @@ class _Joining:
         return tensor if slot.name in self.lowered.stacked else tensor.expand(self.count, *tensor.shape)
 
     def _new_slot(self, slot: fx.Node, tensor: Tensor) -> fx.Node:
-        with self.graph.inserting_after(slot):
-            joined = self.graph.placeholder(f"{slot.name}_joined")
-        self.lowered.slots[joined.name] = tensor
+        joined = self.lowered.add_slot(f"{slot.name}_joined", tensor, stacked=False)
         self.joined_slots.add(joined.name)
         return joined
 

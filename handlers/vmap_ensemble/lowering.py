@@ -66,6 +66,22 @@ class LoweredModel:
         """What is computed, in order: neither arguments and slots nor the output."""
         return [node for node in self.graph.nodes if node.op not in ("placeholder", "output")]
 
+    def add_slot(self, name: str, tensor: Tensor, stacked: bool) -> fx.Node:
+        """A new slot before all nodes.
+
+        Args:
+            name: What to call its node, which may get a number.
+            tensor: (M, ...) if stacked, else (...).
+            stacked: Whether it differs between members.
+        """
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.placeholder(name)
+        self.slots[node.name] = tensor.detach()
+        if stacked:
+            self.stacked.add(node.name)
+            self.batched.add(node)
+        return node
+
     def arguments(self) -> list[fx.Node]:
         """The model's own arguments, in order."""
         return [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.slots]
@@ -106,11 +122,11 @@ class _Lowering:
     def run(self) -> None:
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and node.target in self.tensors:
-                self._replace(node, self._slot(node.target))
+                replace_node(node, self._slot(node.target))
             elif node.op == "call_module":
                 self._lower_module(node)
             elif node.target is F.dropout and not _argument(node, 2, "training", True):
-                self._replace(node, node.args[0])
+                replace_node(node, node.args[0])
             elif node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
                 node.target = "reshape"  # channels_last values can't be viewed the way contiguous ones can
         mark_batched(self.lowered)
@@ -125,7 +141,7 @@ class _Lowering:
         module = self.root.get_submodule(str(node.target))
         keys = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
         if isinstance(module, _IDENTITIES):
-            self._replace(node, node.args[0])
+            replace_node(node, node.args[0])
         elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
             self._lower_convolution(node, module)
         elif isinstance(module, nn.Linear):
@@ -153,7 +169,7 @@ class _Lowering:
         with self.graph.inserting_before(node):
             call = _ModuleCall(module)
             new = self.graph.call_function(call, (slots, *node.args), dict(node.kwargs))
-        self._replace(node, new)
+        replace_node(node, new)
 
     def _weights(self, node: fx.Node, module: Any) -> tuple[Any, ...]:
         bias = None if module.bias is None else self._slot(f"{node.target}.bias")
@@ -161,11 +177,7 @@ class _Lowering:
 
     def _call(self, node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         with self.graph.inserting_before(node):
-            self._replace(node, self.graph.call_function(function, args))
-
-    def _replace(self, node: fx.Node, new: Any) -> None:
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+            replace_node(node, self.graph.call_function(function, args))
 
     def _slot(self, key: str) -> fx.Node:
         """The placeholder for a member's tensor; tied tensors share one."""
@@ -173,18 +185,8 @@ class _Lowering:
             raise UnsupportedModel(f"no member holds '{key}', which the model's {key.rpartition('.')[0]} uses")
         tensor = self.tensors[key]
         if id(tensor) not in self.by_id:
-            self.by_id[id(tensor)] = self._new_slot(key, tensor, key in self.stacked_keys)
+            self.by_id[id(tensor)] = self.lowered.add_slot(slot_name(key), tensor, key in self.stacked_keys)
         return self.by_id[id(tensor)]
-
-    def _new_slot(self, key: str, tensor: Tensor, stacked: bool) -> fx.Node:
-        first = next(iter(self.graph.nodes))
-        with self.graph.inserting_before(first):
-            node = self.graph.placeholder("slot_" + key.replace(".", "_"))
-        self.lowered.slots[node.name] = tensor.detach()
-        if stacked:
-            self.lowered.stacked.add(node.name)
-            self.lowered.batched.add(node)
-        return node
 
     def _fuse(self, node: fx.Node) -> None:
         """Swallow, in this order, a batch norm, an addition, and an activation that only this node feeds."""
@@ -205,7 +207,7 @@ class _Lowering:
         weight, bias = self._folded(node, slots, module.eps)
         node.update_arg(1, weight)
         node.update_arg(2, bias)
-        self._replace(norm, node)
+        replace_node(norm, node)
         return node
 
     def _folded(self, node: fx.Node, slots: dict[str, fx.Node], eps: float) -> tuple[fx.Node, fx.Node]:
@@ -232,8 +234,8 @@ class _Lowering:
             count = max(weight.shape[0], bias.shape[0])
             weight, bias = weight.expand(count, *weight.shape[1:]), bias.expand(count, *bias.shape[1:])
         return (
-            self._new_slot(f"{key}_folded", weight, stacked),
-            self._new_slot(f"{key}_folded_bias", bias, stacked),
+            self.lowered.add_slot(slot_name(f"{key}_folded"), weight, stacked),
+            self.lowered.add_slot(slot_name(f"{key}_folded_bias"), bias, stacked),
         )
 
     def _dtype(self, slot: Any) -> torch.dtype:
@@ -255,7 +257,7 @@ class _Lowering:
             new = self.graph.call_function(convolve_add, (x, other, *rest))
         if node in self.lowered.batched or other in self.lowered.batched:
             self.lowered.batched.add(new)
-        self._replace(add, new)
+        replace_node(add, new)
         self.graph.erase_node(node)
         return new
 
@@ -265,7 +267,7 @@ class _Lowering:
         if user is None or name is None:
             return
         node.args = (*node.args[:-1], name)
-        self._replace(user, node)
+        replace_node(user, node)
 
 
 class _ModuleCall:
@@ -293,6 +295,17 @@ def activation_name(node: fx.Node, root: nn.Module) -> str | None:
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def slot_name(key: str) -> str:
+    """What the slot for a member's tensor is called."""
+    return "slot_" + key.replace(".", "_")
+
+
+def replace_node(node: fx.Node, new: Any) -> None:
+    """Hand on another value instead of the node's, and erase it."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vmap_ensemble.chunking import is_out_of_memory
-from vmap_ensemble.errors import LoadError
+from vmap_ensemble.errors import LoadError, first_line
 
 Run = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -48,8 +48,7 @@ def time_call(run: Run, args: Args) -> tuple[Any, float]:
         outputs = run(*args)
     except RuntimeError as error:
         if is_out_of_memory(error):
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LoadError(f"ran out of memory on a batch: {line}") from error
+            raise LoadError(f"ran out of memory on a batch: {first_line(error)}") from error
         raise
     if on_gpu:
         torch.cuda.synchronize()

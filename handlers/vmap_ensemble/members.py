@@ -106,6 +106,22 @@ class StackedMembers:
     ties: Mapping[str, str] = field(default_factory=dict)
     members: tuple[Member, ...] = ()
 
+    def tensors(self) -> list[Tensor]:
+        """Those that differ between members, (M, ...), and those that all share, (...)."""
+        return [*self.stacked.values(), *self.shared.values()]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the members are.
+
+        Raises:
+            LoadError: There is no tensor.
+        """
+        tensor = next(iter(self.tensors()), None)
+        if tensor is None:
+            raise LoadError("the members hold no tensors; expected at least one parameter or buffer")
+        return tensor.device
+
     def spec(self) -> dict[str, Spec]:
         """Key -> (shape, dtype) of one member, for `check_architecture`."""
         own = {key: tensor[0] for key, tensor in self.stacked.items()}
@@ -113,7 +129,7 @@ class StackedMembers:
 
     def size_bytes(self) -> int:
         """Bytes of all tensors; tied ones count once."""
-        tensors = {id(tensor): tensor for tensor in (*self.stacked.values(), *self.shared.values())}
+        tensors = {id(tensor): tensor for tensor in self.tensors()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

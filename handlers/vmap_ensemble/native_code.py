@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vmap_ensemble.ahead_of_time import COMPILED_FOLDER, CompiledForward, Package, target_here, write_compiled
-from vmap_ensemble.errors import LoadError
+from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.members import hash_file
 from vmap_ensemble.unrolled import unroll
@@ -97,8 +97,7 @@ def _compile(module: nn.Module, examples: Tensor, smallest: int, largest: int, f
             )
         except Exception as error:
             # Whatever a compiler may raise; its text names the operator or the line.
-            line = (str(error).strip().splitlines() or ["no message"])[0]
-            raise LoadError(f"{type(error).__name__}: {line}") from error
+            raise LoadError(f"{type(error).__name__}: {first_line(error)}") from error
     path = folder / file
     return Package(file, smallest, largest, hash_file(path), path.stat().st_size)
 

@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, activation_name, only_user
+from vmap_ensemble.batching_rules import prepack
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, activation_name, only_user, replace_node
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.steps import ACTIVATIONS, CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, multiply_members
 
-_MULTIPLY = torch.ops.mkldnn._linear_pointwise.default
-# Order for products of about so many rows: for one as well (9216 to 128 on one core, 0.14 ms against 0.20 ms packed
-# for one row, and 0.18 ms plain; 8 rows 0.21 ms against 0.51 ms plain).
-LINEAR_ROWS = 16
+LINEAR = torch.ops.mkldnn._linear_pointwise.default
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
 _ADD = torch.ops.mkldnn._convolution_pointwise.binary
 _ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -88,7 +86,7 @@ def pack_convolutions(
                 x, other, weight, bias, settings, activation = args
             else:
                 continue
-            slot = _insert_slot(lowered, weight)
+            slot = _add_packed_slot(lowered, weight)
             packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
             in_place = other is not None and is_consumable(lowered, node, (x, other), _PACKED, order, values)
             _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
@@ -112,12 +110,10 @@ def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.No
         joined, tensor = node.target is multiply_members, lowered.slots[weight.name]
         if values[x].dim() != (3 if joined else 2):
             continue
-        rows = tensor.unbind() if joined or weight.name in lowered.stacked else (tensor,)
-        slot = _insert_slot(lowered, weight)
-        own = [torch.ops.mkldnn._reorder_linear_weight(row.contiguous(), LINEAR_ROWS) for row in rows]
+        slot, own = _add_packed_slot(lowered, weight), prepack(tensor)
         packed[slot.name] = [own] if joined else own
         activation = "relu" if _swallow_relu(lowered, node, nodes) else "none"
-        node.target = multiply_packed if joined else _MULTIPLY
+        node.target = multiply_packed if joined else LINEAR
         node.args = (x, slot, bias, activation) if joined else (x, slot, bias, activation, [], "")
         if joined and not weight.users:
             lowered.slots[slot.name] = lowered.slots[weight.name] = tensor.new_empty(0)
@@ -128,7 +124,7 @@ def multiply_packed(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, a
     """Every member's linear layer on packed weights: (M, B, in) -> (M, B, out)."""
     biases = [None] * len(weights) if bias is None else bias
     rows = zip(x, weights, biases, strict=True)
-    return torch.stack([_MULTIPLY(row, weight, own, activation, [], "") for row, weight, own in rows])
+    return torch.stack([LINEAR(row, weight, own, activation, [], "") for row, weight, own in rows])
 
 
 def is_large_linear(lowered: LoweredModel, node: fx.Node) -> bool:
@@ -144,8 +140,7 @@ def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) ->
     user = only_user(node)
     if user is None or user not in nodes or activation_name(user, lowered.root) != "relu":
         return False
-    user.replace_all_uses_with(node)
-    lowered.graph.erase_node(user)
+    replace_node(user, node)
     nodes.remove(user)
     return True
 
@@ -191,15 +186,9 @@ def is_consumable(
     return made_here and last_use and other is not x and values[other].shape == values[node].shape
 
 
-def _insert_slot(lowered: LoweredModel, weight: Any) -> fx.Node:
+def _add_packed_slot(lowered: LoweredModel, weight: Any) -> fx.Node:
     """A slot for packed weights beside the plain ones, which another node may still need."""
-    with lowered.graph.inserting_after(weight):
-        slot = lowered.graph.placeholder(weight.name + "_packed")
-    lowered.slots[slot.name] = lowered.slots[weight.name]
-    if weight.name in lowered.stacked:
-        lowered.stacked.add(slot.name)
-        lowered.batched.add(slot)
-    return slot
+    return lowered.add_slot(f"{weight.name}_packed", lowered.slots[weight.name], weight.name in lowered.stacked)
 
 
 def member_slot(lowered: LoweredModel, packed: Mapping[str, list[Any]], name: str, index: int) -> Any:

@@ -81,6 +81,8 @@ class PreparedForward:
         self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
         self._trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in apart]
         self._joined = [n for n in self._trunk_outputs if n in lowered.joined]
+        own_inputs = self._body.program.inputs if self._body else ()
+        self._body_dims = [0 if node in lowered.joined else None for node in own_inputs]
         self._trunk = extract_program(lowered, shared, tuple(self._trunk_outputs))
         self._run_trunk = self._trunk.compile()
         self._trunk_inputs = [self._arguments.index(node) for node in self._trunk.inputs]
@@ -139,9 +141,8 @@ class PreparedForward:
             env = self._begin(args)
             if not self._leaves_steps:
                 if self._body:
-                    inputs = [env[node] for node in self._body.program.inputs]
-                    dims = [0 if node in self._joined else None for node in self._body.program.inputs]
-                    env.update(zip(self._body_outputs, self._body.run_all(inputs, dims), strict=True))
+                    outputs = self._body.run_all(self._body.inputs_of(env), self._body_dims)
+                    env.update(zip(self._body_outputs, outputs, strict=True))
                 return self._run_tail(*(env[node] for node in self._tail.inputs))
             joined = [env[node] for node in self._joined]
             in_dims = (0, *[0] * len(joined), *self._tail_dims)
@@ -164,8 +165,7 @@ class PreparedForward:
         joined, slots = values[: len(self._joined)], values[len(self._joined) :]
         env = {**env, **dict(zip(self._joined, joined, strict=True))}
         if self._body:
-            inputs = [env[node] for node in self._body.program.inputs]
-            outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, inputs)
+            outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, self._body.inputs_of(env))
             env.update(zip(self._body_outputs, outputs, strict=True))
         return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
 
@@ -229,9 +229,12 @@ class _Body:
                 pool.close()
         self._pools = {self.threads.groups: self.threads}
 
-    def run_all(self, inputs: list[Tensor], dims: Sequence[int | None] | None = None) -> list[Tensor]:
+    def inputs_of(self, env: dict[fx.Node, Any]) -> list[Tensor]:
+        """What the members' steps take of the values that are there."""
+        return [env[node] for node in self.program.inputs]
+
+    def run_all(self, inputs: list[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
         """Every member's outputs, each (M, ...), from inputs that they share or, where `dims` says so, have each."""
-        dims = dims or [None] * len(inputs)
 
         def run(index: int) -> Any:
             own = [x if dim is None else x.select(dim, index) for x, dim in zip(inputs, dims, strict=True)]

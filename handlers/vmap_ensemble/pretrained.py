@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.errors import SettingsError, first_line
 
 PRETRAINED_FOLDER = "pretrained"
 CONFIG_FILE = "config.json"
@@ -61,8 +61,8 @@ def read_config(folder: Path, where: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"{where}/{CONFIG_FILE}: transformers {transformers.__version__}: {line}") from None
+        told = f"transformers {transformers.__version__}: {first_line(error)}"
+        raise SettingsError(f"{where}/{CONFIG_FILE}: {told}") from None
 
 
 def build_transformers(mode: str, folder: Path | None) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched
+from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched, replace_node
 from vmap_ensemble.quantised_steps import (
     Layer,
     Scale,
@@ -164,8 +164,7 @@ class _Quantiser:
         with self.graph.inserting_before(node):
             new = self.graph.call_function(_STEPS[node.target], (*inputs, slot, *rest))
         if is_linear:
-            node.replace_all_uses_with(new)
-            self.graph.erase_node(node)
+            replace_node(node, new)
         else:
             self.u8[node], self.scales[node] = new, output or []
 
@@ -242,14 +241,8 @@ class _Quantiser:
 
     def _slot(self, name: str, rows: list[Any], stacked: bool) -> fx.Node:
         """A placeholder that is filled with one object per member instead of a tensor."""
-        first = next(iter(self.graph.nodes))
-        with self.graph.inserting_before(first):
-            node = self.graph.placeholder(name)
         # Something must stand there for the graph's bookkeeping; `filled` is what the members get.
-        self.lowered.slots[node.name] = torch.empty(0)
-        if stacked:
-            self.lowered.stacked.add(node.name)
-            self.lowered.batched.add(node)
+        node = self.lowered.add_slot(name, torch.empty(0), stacked)
         self.filled[node.name] = rows
         return node
 

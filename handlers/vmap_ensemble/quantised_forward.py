@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.calibration import Batch, quantisable_head
-from vmap_ensemble.errors import LoadError
+from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
 from vmap_ensemble.precision import PRECISION_FILE, Precision
@@ -103,18 +103,16 @@ def _build(lowered: LoweredModel, count: int, parts: PackedGraph) -> PreparedFor
     try:
         packed = pack_quantised(lowered, parts.head, parts.values, parts.packed)
     except (RuntimeError, NotImplementedError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModel(f"quantization int8: oneDNN can't pack a layer here: {line}") from error
+        raise UnsupportedModel(f"quantization int8: oneDNN can't pack a layer here: {first_line(error)}") from error
     return PreparedForward(lowered, count, dataclasses.replace(parts, packed=packed, reason=reason))
 
 
 def _check_members(members: StackedMembers) -> None:
-    tensors = [*members.stacked.values(), *members.shared.values()]
-    wrong = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()} - {str(torch.float32)}
+    wrong = {str(tensor.dtype) for tensor in members.tensors() if tensor.is_floating_point()} - {str(torch.float32)}
     if wrong:
         raise LoadError(f"quantization int8: expected float32 members, got {', '.join(sorted(wrong))}")
-    if tensors[0].device.type != "cpu":
-        raise LoadError(f"quantization int8 runs on a CPU, got device {tensors[0].device}; set device: cpu")
+    if members.device.type != "cpu":
+        raise LoadError(f"quantization int8 runs on a CPU, got device {members.device}; set device: cpu")
 
 
 def quantise_forward(forward: EnsembleForward, precision: Precision | None, example: Batch) -> QuantisedForward:

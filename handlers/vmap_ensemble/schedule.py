@@ -11,10 +11,10 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from vmap_ensemble.measuring import time_block
+from vmap_ensemble.measuring import LONG_S, time_block
 
-# Readings of a schedule on each example; the fewer of calls that take longer than so many seconds.
-ROUNDS, FEWER_ROUNDS, LONG_S = 7, 2, 0.1
+# Readings of a schedule on each example; the fewer of long calls.
+ROUNDS, FEWER_ROUNDS = 7, 2
 # Once choosing has taken so long, no further forward is built; large networks, whose layers are large, gain least.
 BUDGET_S = 5.0
 # A schedule so many times slower than the best in its first reading gets no second one.
@@ -72,12 +72,12 @@ def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) ->
     best: tuple[Forward, Schedule] | None = None
     best_s, deadline_s = math.inf, time.perf_counter() + BUDGET_S
     for forward in forwards:
-        schedules = forward.schedules()
-        for schedule in schedules:
+        for schedule in forward.schedules():
             forward.schedule = schedule
             seconds = _measure(forward, examples, best_s)
             if best is None or seconds < best_s:
                 best, best_s = (forward, schedule), seconds
+        del forward  # or the next one would be built beside it, though it may not be the best
         if time.perf_counter() > deadline_s:
             break
     if best is None:

@@ -1,0 +1,55 @@
+"""The fastest of several forwards is kept, and the others give their memory back in time."""
+
+import weakref
+
+import pytest
+import torch
+
+from vmap_ensemble import schedule
+from vmap_ensemble.schedule import Schedule, choose_schedule
+
+EXAMPLES = [(torch.zeros(1, 2),)]
+
+
+class Timed:
+    """A forward of one schedule that takes so many seconds by the clock below."""
+
+    def __init__(self, seconds):
+        self.seconds, self.schedule = seconds, Schedule(True, int(seconds))
+
+    def schedules(self):
+        return [self.schedule]
+
+    def keep_schedule(self):
+        self.kept = True
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    monkeypatch.setattr(schedule, "time_block", lambda forward, example, about_s: forward.seconds)
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 2.0, 3.0), (3.0, 1.0, 2.0), (3.0, 2.0, 1.0)])
+def test_the_fastest_is_kept(seconds):
+    chosen = choose_schedule(map(Timed, seconds), EXAMPLES)
+    assert (chosen.seconds, chosen.kept) == (1.0, True)
+
+
+def test_only_the_best_is_held_while_the_next_is_built():
+    built, alive = [], []
+
+    def forwards():
+        for seconds in (2.0, 3.0, 1.0, 4.0):
+            alive.append(sum(other() is not None for other in built))
+            forward = Timed(seconds)
+            built.append(weakref.ref(forward))
+            yield forward
+            del forward
+
+    choose_schedule(forwards(), EXAMPLES)
+    assert alive == [0, 1, 1, 1]
+
+
+def test_none_is_refused():
+    with pytest.raises(ValueError, match="expected at least one forward"):
+        choose_schedule([], EXAMPLES)
