@@ -476,9 +476,12 @@ def test_the_operator_has_the_rule_for_whoever_vmaps_it(monkeypatch, schedule):
     assert_equal(forward(x), run_loop(models, x))
 
 
+@pytest.mark.parametrize("second_copy", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch, count):
+def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch, count, second_copy):
+    """A single row as groups of one convolution, if its copy of the weights is allowed; more in calls per member."""
     monkeypatch.setattr(prepacking, "MIN_LINEAR_WEIGHTS", 12 * 288)
+    monkeypatch.setattr(prepacking, "MAX_SECOND_COPY", count * 12 * 288 * 4 - (not second_copy))
     models, members = build_members(Flat, count)
     x = torch.randn(3, 1, 14, 14)
     forward = prepare(Flat().eval(), members, x, schedule=joint(members))
@@ -486,7 +489,9 @@ def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch
     for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
         with CountCalls() as counted:
             got = forward(batch)
-        assert counted.calls["mkldnn::_linear_pointwise"] == count
+        grouped = second_copy and len(batch) == 1
+        assert counted.calls["mkldnn::_linear_pointwise"] == (0 if grouped else count)
+        assert counted.calls["mkldnn::_convolution_pointwise"] == (2 if grouped else 1)
         assert counted.calls["aten::relu"] == 0
         assert_equal(got, run_loop(models, batch))
 
