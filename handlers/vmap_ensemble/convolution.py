@@ -20,6 +20,7 @@ from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.joining import join_members
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, lower_model
+from vmap_ensemble.pooling import replace_pools
 from vmap_ensemble.prepacking import is_large_linear, pack_convolutions, pack_linears, record_values
 from vmap_ensemble.prepared import JoinedBlocks, PackedGraph, Prepared, PreparedForward
 from vmap_ensemble.proof import prove_equal
@@ -38,6 +39,7 @@ def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> Pa
     head, tail = nodes[:cut], nodes[cut:]
     values = record_values(lowered, head, example)
     convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
+    replace_pools(lowered.root, head)
     packed = pack_convolutions(lowered, head, values)
     reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
     linears = pack_linears(lowered, head, values)

@@ -19,13 +19,14 @@ from torch import Tensor, fx
 from vmap_ensemble.batching_rules import prepack
 from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, activation_name, only_user, replace_node
 from vmap_ensemble.member_threads import MemberThreads
+from vmap_ensemble.pooling import halve
 from vmap_ensemble.steps import ACTIVATIONS, CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, multiply_members
 
 LINEAR = torch.ops.mkldnn._linear_pointwise.default
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
 _ADD = torch.ops.mkldnn._convolution_pointwise.binary
 _ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
-_PACKED = (_CONVOLVE, _ADD, _ADD_IN_PLACE)
+_FRESH = (_CONVOLVE, _ADD, _ADD_IN_PLACE, halve)  # what they give is nobody else's
 _ALONE = [[0, 0], [1, 1], [1, 1]]  # padding, stride and dilation of a convolution of single pixels
 
 # Up to how many bytes a joined linear layer's weights are packed once more, for batches of one.
@@ -93,7 +94,7 @@ def pack_convolutions(
                 continue
             slot = _add_packed_slot(lowered, weight)
             packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
-            in_place = other is not None and is_consumable(lowered, node, (x, other), _PACKED, order, values)
+            in_place = other is not None and is_consumable(lowered, node, (x, other), _FRESH, order, values)
             _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
             if not weight.users:
                 # Folded weights are copies: given back at once, they never lie beside all of the packed ones.

@@ -26,7 +26,6 @@ def joint(members):
     return Schedule(True, len(members.names))
 
 
-
 class Plain(nn.Module):
     """The published MNIST net, narrower: functional activations and pooling, no batch norm."""
 
@@ -146,10 +145,26 @@ class Flat(nn.Module):
         return F.log_softmax(self.head(self.features(x)), dim=1)
 
 
+class Stem(nn.Module):
+    """As a residual network begins: halved by max pooling, then summed with what was pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 16, 7, 2, 3), nn.MaxPool2d(3, 2, 1)
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.mean, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.stem(x)))
+        x = F.relu(self.b(F.relu(self.a(x))) + x)
+        return self.fc(self.mean(F.max_pool2d(x, 2)).flatten(1))
+
+
 CASES = {
     "plain": (Plain, (1, 14, 14)),
     "flat": (Flat, (1, 14, 14)),
     "residual": (Residual, (3, 16, 16)),
+    "stem": (Stem, (3, 32, 32)),
     "mobile": (Mobile, (3, 20, 20)),
     "patches": (Patches, (3, 16, 16)),
 }
@@ -516,6 +531,24 @@ def test_the_fastest_schedule_is_kept(monkeypatch, fast):
         assert_equal(forward(x), run_loop(models, x))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("side", [32, 31])
+def test_pooling_is_done_by_maxima_and_its_value_overwritten(side):
+    models, members = build_members(Stem, 2)
+    x = torch.randn(2, 3, side, side)
+    forward = prepare(Stem().eval(), members, x, schedule=APART)
+    with CountCalls() as counted:
+        got = forward(x)
+    assert_equal(got, run_loop(models, x))
+    # The stem makes 16 of 31, too; only odd sides are left to PyTorch's own pooling.
+    assert counted.calls["aten::max_pool2d_with_indices"] == 0
+    assert counted.calls["mkldnn::_convolution_pointwise_"] == len(models)
+    odd = torch.randn(2, 3, 29, 29)
+    with CountCalls() as counted:
+        got = forward(odd)
+    assert_equal(got, run_loop(models, odd))
+    assert counted.calls["aten::max_pool2d_with_indices"] == len(models)
 
 
 def test_a_member_that_fails_on_its_thread_fails_the_call():
