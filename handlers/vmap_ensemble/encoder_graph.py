@@ -136,7 +136,7 @@ def _pack_one(
 ) -> None:
     place = 1 if node.target is LINEAR else 2
     weight: Any = node.args[place]
-    tensor = lowered.slots[weight.name]
+    tensor = lowered.value(weight.name)
     is_plain = node.target is LINEAR and node.args[3] == "none"
     if is_plain and tensor.shape[-2:].numel() < MIN_LINEAR_WEIGHTS:
         node.target, node.args = F.linear, node.args[:3]
@@ -151,7 +151,7 @@ def _pack_joined(
 ) -> None:
     x, weights, biases = node.args
     weight = _join_slots(lowered, weights)
-    packed[weight.name] = pack_weight(lowered.slots[weight.name])
+    packed[weight.name] = pack_weight(lowered.value(weight.name))
     lowered.slots[weight.name] = packed[weight.name][0]  # the plain copy gives its memory back
     bias = None if biases is None else _join_slots(lowered, biases)
     node.target, node.args = LINEAR, (x, weight, bias, "none", [], "")
@@ -159,7 +159,7 @@ def _pack_joined(
 
 def _join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:
     """A slot for tensors one below the other; (M, ...) if a member has one of them for itself."""
-    tensors = [lowered.slots[part.name] for part in parts]
+    tensors = [lowered.value(part.name) for part in parts]
     own = [part.name in lowered.stacked for part in parts]
     if any(own):
         count = len(tensors[own.index(True)])

@@ -135,7 +135,7 @@ class _Joining:
         return self._new_slot(slot, self._every_member(slot).flatten(0, 1))
 
     def _every_member(self, slot: fx.Node) -> Tensor:
-        tensor = self.lowered.slots[slot.name]  # one that members share goes with others that they don't
+        tensor = self.lowered.value(slot.name)  # one that members share goes with others that they don't
         return tensor if slot.name in self.lowered.stacked else tensor.expand(self.count, *tensor.shape)
 
     def _new_slot(self, slot: fx.Node, tensor: Tensor) -> fx.Node:

@@ -42,6 +42,40 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A convolution's weight times its batch norm's scale, worked out when it is asked for.
+
+    All members' together are a second copy of the stack; packed one by one they never lie beside each other.
+
+    Attributes:
+        weight: (M, out, in, kh, kw), or 1 for M where members share it; without M where they share the scale, too.
+        scale: (M, out, 1, 1, 1), or without M; in the dtype that the product is rounded from.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def whole(self) -> Tensor:
+        """The product, for all members."""
+        return (self.weight.to(self.scale.dtype) * self.scale).to(self.dtype)
+
+    def row(self, index: int) -> Tensor:
+        """One member's."""
+        return Folded(self.weight[index if len(self.weight) > 1 else 0], self.scale[index]).whole()
+
+
 @dataclass
 class LoweredModel:
     """The fused graph and what fills its slots.
@@ -49,7 +83,8 @@ class LoweredModel:
     Attributes:
         graph: Nodes of the model; placeholders are the model's arguments and, by name, the slots.
         root: Owner of the modules and constants that the graph still calls by name.
-        slots: Slot name -> weights, (M, ...) if named in `stacked`, else (...), the same for all members.
+        slots: Slot name -> weights, (M, ...) if named in `stacked`, else (...), the same for all members. To be read
+            by `value` and `row`.
         stacked: Names of the slots that differ between members.
         batched: Nodes whose value differs between members.
         joined: Nodes whose value holds all members', (M, ...), from steps that ran for all of them at once.
@@ -57,7 +92,7 @@ class LoweredModel:
 
     graph: fx.Graph
     root: nn.Module
-    slots: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, Tensor | Folded] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
     batched: set[fx.Node] = field(default_factory=set)
     joined: set[fx.Node] = field(default_factory=set)
@@ -66,17 +101,31 @@ class LoweredModel:
         """What is computed, in order: neither arguments and slots nor the output."""
         return [node for node in self.graph.nodes if node.op not in ("placeholder", "output")]
 
-    def add_slot(self, name: str, tensor: Tensor, stacked: bool) -> fx.Node:
+    def value(self, name: str) -> Tensor:
+        """What fills a slot, (M, ...) or (...); folded weights stay in this form."""
+        value = self.slots[name]
+        if isinstance(value, Folded):
+            value = self.slots[name] = value.whole()
+        return value
+
+    def row(self, name: str, index: int) -> Tensor:
+        """What fills a slot for one member, (...)."""
+        value = self.slots[name]
+        if name not in self.stacked:
+            return self.value(name)
+        return value.row(index) if isinstance(value, Folded) else value[index]
+
+    def add_slot(self, name: str, value: Tensor | Folded, stacked: bool) -> fx.Node:
         """A new slot before all nodes.
 
         Args:
             name: What to call its node, which may get a number.
-            tensor: (M, ...) if stacked, else (...).
+            value: (M, ...) if stacked, else (...).
             stacked: Whether it differs between members.
         """
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(name)
-        self.slots[node.name] = tensor.detach()
+        self.slots[node.name] = value.detach() if isinstance(value, Tensor) else value
         if stacked:
             self.stacked.add(node.name)
             self.batched.add(node)
@@ -219,27 +268,24 @@ class _Lowering:
         def value(slot: Any, default: float) -> Tensor:
             if slot is None:
                 return torch.tensor(default)
-            tensor = self.lowered.slots[slot.name]
+            tensor = self.lowered.value(slot.name)
             return tensor.unsqueeze(0) if stacked and slot.name not in self.lowered.stacked else tensor
 
         scale = value(slots.get("weight"), 1.0) * torch.rsqrt(value(slots["running_var"], 0.0).double() + eps)
-        dtype = self._dtype(weight_node)
+        weight = value(weight_node, 0.0)
         # In float32 at least: half precision would round the scale and then the product.
-        product = torch.promote_types(dtype, torch.float32)
-        weight = value(weight_node, 0.0).to(product) * scale[..., None, None, None].to(product)
+        product = torch.promote_types(weight.dtype, torch.float32)
         bias = (value(bias_node, 0.0) - value(slots["running_mean"], 0.0)) * scale + value(slots.get("bias"), 0.0)
-        key = str(weight_node).removeprefix("slot_")
-        weight, bias = weight.to(dtype), bias.to(dtype)
+        bias = bias.to(weight.dtype)
         if stacked:  # a part that all members share is repeated: the other part differs
-            count = max(weight.shape[0], bias.shape[0])
-            weight, bias = weight.expand(count, *weight.shape[1:]), bias.expand(count, *bias.shape[1:])
+            count = max(len(weight), len(scale), len(bias))
+            scale, bias = scale.expand(count, *scale.shape[1:]), bias.expand(count, *bias.shape[1:])
+        key = str(weight_node).removeprefix("slot_")
+        folded = Folded(weight, scale[..., None, None, None].to(product))
         return (
-            self.lowered.add_slot(slot_name(f"{key}_folded"), weight, stacked),
+            self.lowered.add_slot(slot_name(f"{key}_folded"), folded, stacked),
             self.lowered.add_slot(slot_name(f"{key}_folded_bias"), bias, stacked),
         )
-
-    def _dtype(self, slot: Any) -> torch.dtype:
-        return self.lowered.slots[slot.name].dtype
 
     def _fuse_addition(self, node: fx.Node) -> fx.Node:
         add = only_user(node)

@@ -97,7 +97,7 @@ def pack_convolutions(
             in_place = other is not None and is_consumable(lowered, node, (x, other), _FRESH, order, values)
             _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
             if not weight.users:
-                # Folded weights are copies: given back at once, they never lie beside all of the packed ones.
+                # What was copied to be packed is given back at once: it never lies beside all of the packed ones.
                 lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
                 values.pop(weight, None)
     return packed
@@ -113,7 +113,7 @@ def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.No
         if not is_large_linear(lowered, node):
             continue
         x, weight, bias = cast(Any, node.args)
-        joined, tensor = node.target is multiply_members, lowered.slots[weight.name]
+        joined, tensor = node.target is multiply_members, lowered.value(weight.name)
         if values[x].dim() != (3 if joined else 2):
             continue
         slot = _add_packed_slot(lowered, weight)
@@ -170,8 +170,9 @@ def is_large_linear(lowered: LoweredModel, node: fx.Node) -> bool:
     if node.target not in (F.linear, multiply_members) or node.kwargs or len(node.args) != 3:
         return False
     weight = lowered.slots.get(getattr(node.args[1], "name", ""))
-    fast = (torch.float32, torch.bfloat16)
-    return weight is not None and weight.dtype in fast and math.prod(weight.shape[-2:]) >= MIN_LINEAR_WEIGHTS
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return math.prod(weight.shape[-2:]) >= MIN_LINEAR_WEIGHTS
 
 
 def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) -> bool:
@@ -186,10 +187,11 @@ def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) ->
 def _pack_weight(
     lowered: LoweredModel, weight: Any, settings: Any, input_size: list[int], threads: MemberThreads
 ) -> list[Tensor]:
-    tensor = lowered.slots[weight.name]
-    rows = tensor.unbind() if weight.name in lowered.stacked else (tensor,)
-    reorder = torch.ops.mkldnn._reorder_convolution_weight
-    return threads.map(lambda row: reorder(row.contiguous(), *settings, input_size), rows)
+    def pack(index: int) -> Tensor:
+        row = lowered.row(weight.name, index)
+        return torch.ops.mkldnn._reorder_convolution_weight(row.contiguous(), *settings, input_size)
+
+    return threads.map(pack, range(len(lowered.slots[weight.name]) if weight.name in lowered.stacked else 1))
 
 
 def _replace_call(
@@ -231,7 +233,6 @@ def _add_packed_slot(lowered: LoweredModel, weight: Any) -> fx.Node:
 
 def member_slot(lowered: LoweredModel, packed: Mapping[str, list[Any]], name: str, index: int) -> Any:
     """What fills a slot when the member of this index runs alone."""
-    stacked = name in lowered.stacked
     if name in packed:
-        return packed[name][index if stacked else 0]
-    return lowered.slots[name][index] if stacked else lowered.slots[name]
+        return packed[name][index if name in lowered.stacked else 0]
+    return lowered.row(name, index)

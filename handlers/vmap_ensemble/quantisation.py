@@ -49,7 +49,7 @@ def find_layers(lowered: LoweredModel, nodes: list[fx.Node], values: Mapping[fx.
     """
     layers = [node for node in nodes if _is_layer(lowered, node, values)]
     sizes = {
-        name: tensor[0].numel() if name in lowered.stacked else tensor.numel() for name, tensor in _slots(lowered)
+        name: lowered.row(name, 0).numel() for name, value in lowered.slots.items() if value.dtype.is_floating_point
     }
     names = {_weight_of(node).name for node in layers}
     in_8_bits = sum(sizes[name] for name in names)
@@ -60,10 +60,6 @@ def find_layers(lowered: LoweredModel, nodes: list[fx.Node], values: Mapping[fx.
             f"8-bit form, {in_float} weights would stay float32; see docs/precision.md"
         )
     return layers
-
-
-def _slots(lowered: LoweredModel) -> list[tuple[str, Tensor]]:
-    return [(name, tensor) for name, tensor in lowered.slots.items() if tensor.is_floating_point()]
 
 
 def _weight_of(layer: fx.Node) -> Any:
@@ -80,7 +76,7 @@ def _is_layer(lowered: LoweredModel, node: fx.Node, values: Mapping[fx.Node, Any
         return isinstance(other, Tensor) and other.shape == values[node].shape
     if node.target is not F.linear or node.kwargs or values[node].dim() != 2:
         return False
-    weight = lowered.slots[args[1].name]
+    weight = lowered.value(args[1].name)
     return weight.shape[-1] * weight.shape[-2] >= MIN_LINEAR_WEIGHTS
 
 
@@ -224,18 +220,11 @@ class _Quantiser:
         def row(rows: list[Any] | None, index: int) -> Any:
             return None if rows is None else rows[index] if len(rows) > 1 else rows[0]
 
-        def tensor(slot: Any, index: int) -> Any:
-            if slot is None:
-                return None
-            value = self.lowered.slots[slot.name]
-            return value[index] if slot.name in self.lowered.stacked else value
-
         layers = []
         for index in range(self.count if node in self.lowered.batched else 1):
-            quantised, scale = quantise_weight(tensor(weight, index))
+            quantised, scale = quantise_weight(self.lowered.row(weight.name, index))
             residual = row(None if other is None else self.scales[other], index)
-            offset = tensor(bias, index)
-            offset = None if offset is None else offset.clone()
+            offset = None if bias is None else self.lowered.row(bias.name, index).clone()
             layers.append(Layer(quantised, scale, offset, row(self.scales[x], index), row(output, index), residual))
         return layers
 

@@ -94,8 +94,8 @@ class UnrolledGraph(nn.Module):
         self._trunk_inputs = [node.name for node in trunk.inputs]
         self._trunk_outputs = [node.name for node in member.inputs if node in set(shared)]
         self._member_inputs = [node.name for node in member.inputs]
-        self._trunk_slots = self._keep("shared", {name: lowered.slots[name] for name in trunk.slots})
-        slots = {name: lowered.slots[name] for name in member.slots}
+        self._trunk_slots = self._keep("shared", {name: lowered.value(name) for name in trunk.slots})
+        slots = {name: lowered.value(name) for name in member.slots}
         self._dims = tuple(0 if name in lowered.stacked else None for name in slots)
         self._stacks, self._member_slots = [], []
         if self._one_by_one:
