@@ -37,8 +37,8 @@ from vmap_ensemble.proof import Proof
 from vmap_ensemble.runtime import (
     DTYPES,
     configure_torch,
+    freed_memory_returned,
     quieten_worker,
-    return_freed_memory,
     seconds_since_process_start,
 )
 from vmap_ensemble.settings import Settings, load_settings
@@ -123,13 +123,13 @@ class LoadedEnsemble(BaseHandler):
         self.manifest = context.manifest
         self.phases_s: dict[str, float] = {"import": seconds_since_process_start()}
         try:
-            self._load(context)
+            with freed_memory_returned():
+                self._load(context)
         except EnsembleError as error:
             logger.error("cannot serve %s: %s", context.model_name, error)
             raise
         self.initialized = True
         self.metrics.flush()
-        return_freed_memory()
         quieten_worker()
         logger.info("ready: %s", json.dumps(self._summary()))
 
