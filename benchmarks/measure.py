@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-# Threads of the rival before (OpenMP's, ONNX Runtime's) spin for a while after its last call, on cores that the
-# next one needs.
-SETTLE_S = 0.005
+# Threads of the rival before (OpenMP's, ONNX Runtime's) spin for some 7 ms after its last call, on cores that the next
+# one needs.
+SETTLE_S = 0.01
+# A core that has slept takes some milliseconds to its full clock and warm caches. That is several calls of a small
+# network but a part of one of a large or slow one, so calls in the first milliseconds of a block aren't counted.
+WAKE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def measure_interleaved(
         device: it is waited for before and after each timed call.
         warmup: uncounted calls of each rival.
         iterations: counted calls of each rival.
-        block: calls of one rival in a row. In a row, as in a server; short, so that the turns are many.
+        block: calls of one rival in a row that are counted. In a row, as in a server; short, so that the turns are
+            many. Calls during `WAKE_S` before them aren't counted.
 
     Returns:
         One Timing a rival, in the order given.
@@ -120,17 +124,28 @@ def measure_interleaved(
             f"got {len(rivals)} rivals, warmup {warmup}, iterations {iterations}, block {block}"
         )
     times: dict[str, list[float]] = {name: [] for name in rivals}
+    last_s: dict[str, float] = {}
     for phase, count in (("warm-up", warmup), ("measure", iterations)):
         with tqdm(total=count * len(rivals), desc=phase, unit="call", mininterval=0.5) as bar:
             for start in range(0, count, block):
                 for name in _rotate(list(rivals), start // block):
                     time.sleep(SETTLE_S)
                     calls = min(block, count - start)
+                    if phase == "measure":
+                        _wake(rivals[name], device, about_s=last_s.get(name, 0.0))
                     spans = [_time_call(rivals[name], device) for _ in range(calls)]
+                    last_s[name] = spans[-1] / 1e3
                     if phase == "measure":
                         times[name] += spans
                     bar.update(calls)
     return [summarise(name, spans) for name, spans in times.items()]
+
+
+def _wake(call: Callable[[], object], device: torch.device, about_s: float) -> None:
+    """Call for `WAKE_S`; one call that takes longer needs no other before it."""
+    until = time.perf_counter() + WAKE_S
+    while about_s < WAKE_S and time.perf_counter() < until:
+        _time_call(call, device)
 
 
 def _rotate(names: list[str], by: int) -> list[str]:

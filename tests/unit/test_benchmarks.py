@@ -39,12 +39,27 @@ def checkpoint(tmp_path: Path) -> Path:
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def test_rivals_take_turns_and_warm_up_is_not_counted() -> None:
+def test_rivals_take_turns_and_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "WAKE_S", 0.0)
     order: list[str] = []
     rivals = {name: lambda name=name: order.append(name) for name in "ab"}
     timings = measure.measure_interleaved(rivals, CPU, warmup=2, iterations=5, block=2)
     assert "".join(order) == "aabb" + "aabb" + "bbaa" + "ab"
     assert [(t.name, t.calls) for t in timings] == [("a", 5), ("b", 5)]
+
+
+def test_calls_in_the_first_milliseconds_of_a_block_are_not_counted() -> None:
+    calls = {"short": 0, "long": 0}
+
+    def run(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    rivals = {"short": lambda: run("short", 0.002), "long": lambda: run("long", 2 * measure.WAKE_S)}
+    short, long = measure.measure_interleaved(rivals, CPU, warmup=1, iterations=4, block=2)
+    assert short.calls == long.calls == 4
+    assert calls["short"] >= 1 + 4 + 2 * 3  # a sleep may take longer than asked for
+    assert calls["long"] == 1 + 4
 
 
 def test_a_slower_rival_is_measured_slower() -> None:
