@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-# Threads of the rival before (OpenMP's, ONNX Runtime's) spin for some 7 ms after its last call, on cores that the next
-# one needs.
+# Threads of the rival before (OpenMP's, ONNX Runtime's) spin for some 7 ms after its last call, on cores that the
+# next one needs.
 SETTLE_S = 0.01
 # A core that has slept takes some milliseconds to its full clock and warm caches. That is several calls of a small
 # network but a part of one of a large or slow one, so calls in the first milliseconds of a block aren't counted.

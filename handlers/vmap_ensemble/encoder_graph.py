@@ -58,7 +58,7 @@ class PreparedEncoder:
         self.forward = forward
         self._with_types = len(example) > 2 and example[2] is not None
         lowered, self._structure = trace_encoder(forward, self._with_types)
-        packed = pack_linears(lowered, forward.packed_weights)
+        packed = pack_layers(lowered, forward.packed_weights)
         values = {node: node.meta["val"] for node in lowered.nodes()}
         graph = PackedGraph(lowered.nodes(), [], values, packed, f"{len(packed)} linear layers on packed weights")
         self._run = PreparedForward(lowered, len(forward.members.names), graph)
@@ -111,7 +111,7 @@ class PreparedEncoder:
         self.at_a_time[tokens] = min(candidates, key=lambda candidate: min(spans_s[candidate], default=0.0))
 
 
-def pack_linears(lowered: LoweredModel, pack_weight: Callable[[Tensor], list[Tensor]]) -> dict[str, list[Any]]:
+def pack_layers(lowered: LoweredModel, pack_weight: Callable[[Tensor], list[Tensor]]) -> dict[str, list[Any]]:
     """Put the linear layers on packed weights, in place.
 
     Args:

@@ -11,11 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from vmap_ensemble.measuring import LONG_S, time_block
+from vmap_ensemble.measuring import time_block
 
-# Readings of a schedule on each example; the fewer of long calls.
+# Readings of a schedule on each example, and how many it gets in any case.
 ROUNDS, FEWER_ROUNDS = 7, 2
-# Once choosing has taken so long, no further forward is built; large networks, whose layers are large, gain least.
+# Once choosing has taken so long, the readings that are there decide, and no further forward is built: large
+# networks, whose layers are large, gain least.
 BUDGET_S = 5.0
 # A schedule so many times slower than the best in its first reading gets no second one.
 HOPELESS = 1.3
@@ -72,9 +73,7 @@ def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) ->
     best: tuple[Forward, Schedule] | None = None
     best_s, deadline_s = math.inf, time.perf_counter() + BUDGET_S
     for forward in forwards:
-        for schedule in forward.schedules():
-            forward.schedule = schedule
-            seconds = _measure(forward, examples, best_s)
+        for schedule, seconds in _measure(forward, examples, best_s, deadline_s).items():
             if best is None or seconds < best_s:
                 best, best_s = (forward, schedule), seconds
         del forward  # or the next one would be built beside it, though it may not be the best
@@ -88,13 +87,23 @@ def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) ->
     return chosen
 
 
-def _measure(forward: Scheduled, examples: Sequence[Example], best_s: float) -> float:
-    """The product of the seconds that each example takes."""
-    # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
-    readings = [[time_block(forward, tuple(example), about_s=0.0)] for example in examples]
-    if math.prod(own[0] for own in readings) > HOPELESS ** len(examples) * best_s:
-        return math.inf
-    for _ in range((ROUNDS if max(own[0] for own in readings) < LONG_S else FEWER_ROUNDS) - 1):
-        for example, own in zip(examples, readings, strict=True):
-            own.append(time_block(forward, tuple(example), about_s=own[0]))
-    return math.prod(statistics.median(own) for own in readings)
+def _measure(
+    forward: Scheduled, examples: Sequence[Example], best_s: float, deadline_s: float
+) -> dict[Schedule, float]:
+    """Schedules that aren't hopeless -> the product of the seconds that each example takes, measured in turns."""
+    readings: dict[Schedule, list[list[float]]] = {}
+    for schedule in forward.schedules():
+        forward.schedule = schedule
+        # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
+        readings[schedule] = [[time_block(forward, tuple(example), about_s=0.0)] for example in examples]
+    first_s = {schedule: math.prod(row[0] for row in own) for schedule, own in readings.items()}
+    most_s = HOPELESS ** len(examples) * min([best_s, *first_s.values()])
+    readings = {schedule: own for schedule, own in readings.items() if first_s[schedule] <= most_s}
+    for round_ in range(1, ROUNDS):
+        if round_ >= FEWER_ROUNDS and time.perf_counter() > deadline_s:
+            break
+        for schedule, own in readings.items():
+            forward.schedule = schedule
+            for example, row in zip(examples, own, strict=True):
+                row.append(time_block(forward, tuple(example), about_s=row[0]))
+    return {schedule: math.prod(map(statistics.median, own)) for schedule, own in readings.items()}

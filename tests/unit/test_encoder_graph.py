@@ -221,7 +221,7 @@ def test_a_model_that_decides_by_values_is_refused(monkeypatch):
 
 def test_a_graph_that_differs_is_refused(monkeypatch):
     forward = build("bert", "sequence", 2)
-    whole = encoder_graph.pack_linears
+    whole = encoder_graph.pack_layers
 
     def spoil(lowered, pack_weight):
         packed = whole(lowered, pack_weight)
@@ -229,6 +229,6 @@ def test_a_graph_that_differs_is_refused(monkeypatch):
         lowered.slots[bias] = lowered.slots[bias] + 1
         return packed
 
-    monkeypatch.setattr(encoder_graph, "pack_linears", spoil)
+    monkeypatch.setattr(encoder_graph, "pack_layers", spoil)
     with pytest.raises(LoadError, match="the graph differs from the forward"):
         PreparedEncoder(forward, inputs_of("bert", [4]))

@@ -50,6 +50,30 @@ def test_only_the_best_is_held_while_the_next_is_built():
     assert alive == [0, 1, 1, 1]
 
 
+class Alternating(Timed):
+    """Two schedules, of which the slower one has a lucky first reading."""
+
+    def __init__(self):
+        self.readings = {1: iter([1.0] + 20 * [1.2]), 2: iter(20 * [1.1])}
+        self.order = []
+
+    def schedules(self):
+        return [Schedule(False, 1), Schedule(False, 2)]
+
+    @property
+    def seconds(self):
+        self.order.append(self.schedule.at_a_time)
+        return next(self.readings[self.schedule.at_a_time])
+
+
+@pytest.mark.parametrize(("budget_s", "rounds"), [(60.0, schedule.ROUNDS), (-1.0, schedule.FEWER_ROUNDS)])
+def test_schedules_take_turns_for_as_long_as_there_is_time(monkeypatch, budget_s, rounds):
+    monkeypatch.setattr(schedule, "BUDGET_S", budget_s)
+    chosen = choose_schedule([Alternating()], EXAMPLES)
+    assert chosen.order == [1, 2] * rounds
+    assert chosen.schedule.at_a_time == (2 if rounds > 2 else 1)
+
+
 def test_none_is_refused():
     with pytest.raises(ValueError, match="expected at least one forward"):
         choose_schedule([], EXAMPLES)
