@@ -29,18 +29,18 @@ def replace_pools(root: nn.Module, nodes: list[fx.Node]) -> None:
 
 
 def halve(x: Tensor, kernel: int) -> Tensor:
-    """Max pooling in strides of 2 with windows of 2, or of 3 with a border of 1: (B, C, H, W) -> (B, C, H/2, W/2).
+    """Max pooling in strides of 2 with windows of 2, or of 3 with a border of 1: (..., H, W) -> (..., H/2, W/2).
 
     First over rows, then over columns. PyTorch's own also works out where each maximum lies, for a backward pass:
     0.33 ms for ResNet's first on one core, this 0.17 ms.
     """
     if x.shape[-2] % 2 or x.shape[-1] % 2:
         return F.max_pool2d(x, kernel, 2, (kernel - 1) // 2)
-    return _halve_side(_halve_side(x, 2, kernel), 3, kernel)
+    return _halve_side(_halve_side(x, -2, kernel), -1, kernel)
 
 
 def _halve_side(x: Tensor, dim: int, kernel: int) -> Tensor:
-    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
     largest = torch.maximum(even, odd)
     if kernel == 3:  # a window begins with the odd value before its pair; the first one's lies outside
         later = largest.narrow(dim, 1, largest.shape[dim] - 1)

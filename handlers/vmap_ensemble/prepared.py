@@ -86,9 +86,7 @@ class PreparedForward:
         self._trunk = extract_program(lowered, shared, tuple(self._trunk_outputs))
         self._run_trunk = self._trunk.compile()
         self._trunk_inputs = [self._arguments.index(node) for node in self._trunk.inputs]
-        self._trunk_slots = [
-            packed[name][0] if name in packed else lowered.value(name) for name in self._trunk.slots
-        ]
+        self._trunk_slots = [packed[name][0] if name in packed else lowered.value(name) for name in self._trunk.slots]
         self._tail = extract_program(lowered, tail, output.args[0])
         self._run_tail = self._tail.compile()
         self._body_outputs = body_outputs
