@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from vmap_ensemble.convolution import find_cut
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, lower_model
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel
+from vmap_ensemble.lowering import lower_model
 from vmap_ensemble.members import StackedMembers
 from vmap_ensemble.prepacking import member_slot, record_values
 from vmap_ensemble.quantisation import find_layers, name_values

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
 from vmap_ensemble.joining import join_members
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, lower_model
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel
+from vmap_ensemble.lowering import lower_model
 from vmap_ensemble.pooling import replace_pools
 from vmap_ensemble.prepacking import is_large_linear, pack_convolutions, pack_linears, record_values
 from vmap_ensemble.prepared import JoinedBlocks, PackedGraph, Prepared, PreparedForward

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from vmap_ensemble.encoder_trace import LINEAR_ADD, graph_arguments, linear_joined, trace_encoder
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, slot_name
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, drop_unused_slots, slot_name
 from vmap_ensemble.measuring import time_block
 from vmap_ensemble.packing import pack
 from vmap_ensemble.prepacking import LINEAR

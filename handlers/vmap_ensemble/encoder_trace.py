@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.lowering import (
+from vmap_ensemble.lowered_model import (
     LoweredModel,
     UnsupportedModel,
     drop_unused_slots,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched
 from vmap_ensemble.steps import (
     ACTIVATIONS,
     CONVOLUTIONS,

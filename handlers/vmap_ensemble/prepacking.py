@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from vmap_ensemble.batching_rules import prepack
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, activation_name, only_user, replace_node
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, only_user, replace_node
+from vmap_ensemble.lowering import activation_name
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.pooling import halve
 from vmap_ensemble.steps import ACTIVATIONS, CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, multiply_members

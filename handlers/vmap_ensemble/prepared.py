@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.lowering import LoweredModel, Program, extract_program
+from vmap_ensemble.lowered_model import LoweredModel, Program, extract_program
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.prepacking import member_slot
 from vmap_ensemble.schedule import Schedule

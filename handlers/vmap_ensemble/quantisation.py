@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched, replace_node
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, drop_unused_slots, mark_batched, replace_node
 from vmap_ensemble.quantised_steps import (
     Layer,
     Scale,

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from vmap_ensemble.calibration import Batch, quantisable_head
 from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, extract_program
+from vmap_ensemble.lowering import lower_model
 from vmap_ensemble.precision import PRECISION_FILE, Precision
 from vmap_ensemble.prepacking import member_slot, record_values
 from vmap_ensemble.prepared import PackedGraph, PreparedForward

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vmap_ensemble.lowering import LoweredModel
+from vmap_ensemble.lowered_model import LoweredModel
 from vmap_ensemble.prepacking import is_consumable
 from vmap_ensemble.quantised_steps import (
     Layer,

@@ -19,7 +19,8 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.lowering import LoweredModel, UnsupportedModel, extract_program, lower_model
+from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, extract_program
+from vmap_ensemble.lowering import lower_model
 from vmap_ensemble.steps import CONVOLUTIONS
 
 logger = logging.getLogger(__name__)

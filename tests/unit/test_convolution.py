@@ -12,7 +12,7 @@ from vmap_ensemble import prepacking, schedule
 from vmap_ensemble.convolution import prepare
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.lowering import UnsupportedModel
+from vmap_ensemble.lowered_model import UnsupportedModel
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
 from vmap_ensemble.prepared import PreparedForward

@@ -12,7 +12,7 @@ from vmap_ensemble.encoder_graph import PreparedEncoder
 from vmap_ensemble.encoder_trace import LINEAR, LINEAR_ADD
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution import build_execution
-from vmap_ensemble.lowering import UnsupportedModel
+from vmap_ensemble.lowered_model import UnsupportedModel
 from vmap_ensemble.members import stack_members
 from vmap_ensemble.packing import attend_joined, attend_packed, pack
 from vmap_ensemble.schedule import Schedule

@@ -11,7 +11,7 @@ from vmap_ensemble import quantised_kernels as kernels
 from vmap_ensemble import quantised_steps as q8
 from vmap_ensemble.calibration import calibrate
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.lowering import UnsupportedModel
+from vmap_ensemble.lowered_model import UnsupportedModel
 from vmap_ensemble.precision import Precision
 from vmap_ensemble.proof import prove_equal
 from vmap_ensemble.quantised_forward import QuantisedForward, quantise_forward
