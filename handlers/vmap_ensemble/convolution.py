@@ -9,7 +9,7 @@ as heads on a shared trunk, run under torch.func.vmap's stock rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -120,13 +120,19 @@ def build_prepared(
         return forward
 
 
-def _candidates(whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None) -> Iterator[Prepared]:
+def _candidates(whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None) -> Iterable[Prepared]:
     """Members apart, all in one call, and some in one call, as far as the model can be run so."""
-    count = len(whole.members.names)
     apart = _build_all(whole, example, packed, joint=False)
+    if len(whole.members.names) == 1 or not apart.runs_members:
+        return [apart]
+    return _apart_or_joined(apart, whole, example, packed)
+
+
+def _apart_or_joined(
+    apart: PreparedForward, whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None
+) -> Iterator[Prepared]:
+    count = len(whole.members.names)
     yield apart
-    if count == 1 or not apart.runs_members:
-        return
     some = [size for size in (4, 3, 2) if size < count and count % size == 0][:1]
     sizes = [count] if apart.shares_steps else [count, *some]
     del apart  # if it wasn't the fastest so far, its memory is needed now

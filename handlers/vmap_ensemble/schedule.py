@@ -64,12 +64,15 @@ def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) ->
 
     Args:
         forwards: The same values by different means, at least one, built as they are asked for: the slower of two
-            gives its memory back before the next is built.
+            gives its memory back before the next is built. A sequence of one that has one schedule isn't run.
         examples: Argument tuples, each (B, ...), of the sizes that will be served.
 
     Returns:
         The fastest over all examples (by the product of its times), with its schedule set.
     """
+    if isinstance(forwards, Sequence) and len(forwards) == 1 and len(forwards[0].schedules()) == 1:
+        forwards[0].keep_schedule()  # it is in use already, and there is nothing to compare it with
+        return forwards[0]
     best: tuple[Forward, Schedule] | None = None
     best_s, deadline_s = math.inf, time.perf_counter() + BUDGET_S
     for forward in forwards:

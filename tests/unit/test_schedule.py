@@ -74,6 +74,12 @@ def test_schedules_take_turns_for_as_long_as_there_is_time(monkeypatch, budget_s
     assert chosen.schedule.at_a_time == (2 if rounds > 2 else 1)
 
 
+def test_what_has_no_rival_is_not_run(monkeypatch):
+    monkeypatch.setattr(schedule, "time_block", lambda *args, **kwargs: pytest.fail("it was measured"))
+    chosen = choose_schedule([Timed(1.0)], EXAMPLES)
+    assert (chosen.schedule, chosen.kept) == (Schedule(True, 1), True)
+
+
 def test_none_is_refused():
     with pytest.raises(ValueError, match="expected at least one forward"):
         choose_schedule([], EXAMPLES)
