@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from archiver.blocks import ArchiveRequest
 from archiver.compile import check_compiler, compile_archive
 from archiver.handler_facts import architecture_of, check_block, load_handler
+from archiver.kernels import add_kernels
 from archiver.pack import pack_archive, settings_of, target_path
 from archiver.precision import check_precision, judge_precision
 from archiver.pretrained import check_num_labels, check_tokenizer, choose_pretrained, stage_pretrained
-from archiver.report import show_archive, show_precision, show_survey, show_traced
+from archiver.report import show_archive, show_kernels, show_precision, show_survey, show_traced
 from archiver.resolve import Source, resolve_members
 from archiver.survey import Survey, survey_members
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
@@ -81,6 +82,7 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
     with _progress(console, f"pack {request.name}", len(sources) + 2 + more) as step:
 
         def complete(stage: Path) -> None:
+            show_kernels(console, add_kernels(stage))
             found = judge_precision(handler, request, stage, step)
             if found or request.samples:
                 show_precision(console, found)

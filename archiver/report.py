@@ -66,6 +66,13 @@ def show_precision(console: Console, found: Precision | None) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_kernels(console: Console, reason: str | None) -> None:
+    """While packing: why the kernels of our own aren't in the archive, if they aren't."""
+    if reason is not None:
+        text = f"packed without kernels of our own, so convolutions will be slower: {reason}"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def show_archive(console: Console, path: Path, manifest: Manifest) -> None:
     """After packing: what was made."""
     table = Table(title="archive", title_justify="left", show_header=False)

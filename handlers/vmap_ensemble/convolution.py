@@ -27,6 +27,7 @@ from vmap_ensemble.prepared import JoinedBlocks, PackedGraph, Prepared, Prepared
 from vmap_ensemble.proof import prove_equal
 from vmap_ensemble.schedule import Schedule, choose_schedule
 from vmap_ensemble.steps import CONVOLUTIONS
+from vmap_ensemble.winograd import convolve_tiles
 
 if TYPE_CHECKING:
     from vmap_ensemble.members import StackedMembers
@@ -43,6 +44,9 @@ def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> Pa
     replace_pools(lowered.root, head)
     packed = pack_convolutions(lowered, head, values)
     reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
+    in_tiles = sum(node.target is convolve_tiles for node in head)
+    if in_tiles:
+        reason += f", {in_tiles} of them in Winograd's tiles"
     linears = pack_linears(lowered, head, values)
     if linears:
         reason += f", and {len(linears)} linear layers"

@@ -38,6 +38,10 @@ class Folded:
     def device(self) -> torch.device:
         return self.weight.device
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.broadcast_shapes(self.weight.shape, self.scale.shape)
+
     def __len__(self) -> int:
         return len(self.scale)
 

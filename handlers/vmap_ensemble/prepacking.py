@@ -1,4 +1,6 @@
-"""Turns the plain convolutions and large linear layers of a lowered graph into oneDNN's, on weights packed once.
+"""Turns the plain convolutions and large linear layers of a lowered graph into faster ones on weights packed once.
+
+3x3 convolutions become Winograd's products where that pays (winograd.py), the others and linear layers oneDNN's.
 
 oneDNN's convolution wants its weights in blocks that suit the CPU, and reorders plain ones on every call.
 Packed for the example's size they stay right for every other size: oneDNN reorders them where it must.
@@ -21,14 +23,15 @@ from vmap_ensemble.lowered_model import LoweredModel, UnsupportedModel, only_use
 from vmap_ensemble.lowering import activation_name
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.pooling import halve
+from vmap_ensemble.single_row import RowMatrices
 from vmap_ensemble.steps import ACTIVATIONS, CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, multiply_members
+from vmap_ensemble.winograd import WinogradWeights, choose_tile, convolve_tiles
 
 LINEAR = torch.ops.mkldnn._linear_pointwise.default
 _CONVOLVE = torch.ops.mkldnn._convolution_pointwise.default
 _ADD = torch.ops.mkldnn._convolution_pointwise.binary
 _ADD_IN_PLACE = torch.ops.mkldnn._convolution_pointwise_.binary
-_FRESH = (_CONVOLVE, _ADD, _ADD_IN_PLACE, halve)  # what they give is nobody else's
-_ALONE = [[0, 0], [1, 1], [1, 1]]  # padding, stride and dilation of a convolution of single pixels
+_FRESH = (_CONVOLVE, _ADD, _ADD_IN_PLACE, convolve_tiles, halve)  # what they give is nobody else's
 
 # Up to how many bytes a joined linear layer's weights are packed once more, for batches of one.
 MAX_SECOND_COPY = 2**28
@@ -70,8 +73,8 @@ def record_values(
 
 def pack_convolutions(
     lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.Node, Any]
-) -> dict[str, list[Tensor]]:
-    """Replace plain convolutions by oneDNN's, in place.
+) -> dict[str, list[Any]]:
+    """Replace plain convolutions by faster ones on packed weights, in place.
 
     Args:
         lowered: The graph; each convolution gets a new slot, for packed weights.
@@ -81,10 +84,10 @@ def pack_convolutions(
     Returns:
         Slot name -> packed weights, one per member, or one in all if members share them.
     """
-    packed: dict[str, list[Tensor]] = {}
+    packed: dict[str, list[Any]] = {}
     order = {node: position for position, node in enumerate(lowered.graph.nodes)}
     with closing(MemberThreads(torch.get_num_threads() if nodes else 1)) as threads:
-        for node in nodes:
+        for node in list(nodes):
             args: Any = node.args
             if node.target is convolve:
                 x, weight, bias, settings, activation = args
@@ -94,12 +97,20 @@ def pack_convolutions(
             else:
                 continue
             slot = _add_packed_slot(lowered, weight)
-            packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), threads)
+            plain = lowered.slots[weight.name]
+            shape = plain.shape[1:] if weight.name in lowered.stacked else plain.shape
+            tile = choose_tile(plain.dtype, shape, settings, str(activation), values[node].shape)
+            packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), tile, threads)
             in_place = other is not None and is_consumable(lowered, node, (x, other), _FRESH, order, values)
-            _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
+            if tile:
+                halved = other is None and _swallow_halving(node, nodes, values)
+                node.target = convolve_tiles
+                node.args = (x, other, slot, bias, settings[0], str(activation), in_place, halved)
+            else:
+                _replace_call(node, x, other, slot, bias, settings, str(activation), in_place)
             if not weight.users:
                 # What was copied to be packed is given back at once: it never lies beside all of the packed ones.
-                lowered.slots[slot.name] = lowered.slots[weight.name] = packed[slot.name][0]
+                lowered.slots[slot.name] = lowered.slots[weight.name] = torch.empty(0)
                 values.pop(weight, None)
     return packed
 
@@ -129,38 +140,28 @@ def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.No
 
 @dataclass(frozen=True)
 class JoinedMatrices:
-    """Every member's matrix of a linear layer in oneDNN's order.
-
-    One row reads each weight once, so memory is the limit. As groups of one convolution the matrices are read in one
-    call: 0.7 times the time of a call per member in float32, half of it in bfloat16. From two rows on that is slower.
+    """Every member's matrix of a linear layer, for many rows and for one.
 
     Attributes:
-        each: M matrices, (out, in), for calls per member.
-        grouped: All of them as one convolution of M groups, (M*out, in, 1, 1), for single rows; None where a second
-            copy would take too much memory.
+        each: M matrices, (out, in), in oneDNN's order, for calls per member.
+        rows: All of them for single rows, in one call; None where there is no kernel for it, or a second copy would
+            take too much memory.
     """
 
     each: list[Tensor]
-    grouped: Tensor | None
+    rows: RowMatrices | None
 
     @classmethod
     def of(cls, weight: Tensor) -> JoinedMatrices:
         """From plain ones, (M, out, in)."""
-        if weight.nbytes > MAX_SECOND_COPY:
-            return cls(prepack(weight), None)
-        count, _, columns = weight.shape
-        pixels = weight.reshape(-1, columns, 1, 1)
-        reorder = torch.ops.mkldnn._reorder_convolution_weight
-        return cls(prepack(weight), reorder(pixels, *_ALONE, count, [1, count * columns, 1, 1]))
+        return cls(prepack(weight), RowMatrices.of(weight) if weight.nbytes <= MAX_SECOND_COPY else None)
 
 
 def multiply_packed(x: Tensor, weights: JoinedMatrices, bias: Tensor | None, activation: str) -> Tensor:
     """Every member's linear layer on packed weights: (M, B, in) -> (M, B, out)."""
     count, rows, _ = x.shape
-    if rows == 1 and weights.grouped is not None:
-        pixels = x.reshape(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
-        flat = None if bias is None else bias.reshape(-1)
-        return _CONVOLVE(pixels, weights.grouped, flat, *_ALONE, count, activation, [], "").reshape(count, 1, -1)
+    if rows == 1 and weights.rows is not None:
+        return weights.rows.multiply(x, bias, activation)
     biases = [None] * count if bias is None else bias
     parts = zip(x, weights.each, biases, strict=True)
     return torch.stack([LINEAR(row, weight, own, activation, [], "") for row, weight, own in parts])
@@ -185,11 +186,24 @@ def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) ->
     return True
 
 
+def _swallow_halving(node: fx.Node, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> bool:
+    """Whether max pooling of 2x2 pixels is all that takes the node's value; it becomes part of the node."""
+    user = only_user(node)
+    if user is None or user not in nodes or user.target is not halve or user.args[1] != 2:
+        return False
+    replace_node(user, node)
+    nodes.remove(user)
+    values[node] = values[user]
+    return True
+
+
 def _pack_weight(
-    lowered: LoweredModel, weight: Any, settings: Any, input_size: list[int], threads: MemberThreads
-) -> list[Tensor]:
-    def pack(index: int) -> Tensor:
+    lowered: LoweredModel, weight: Any, settings: Any, input_size: list[int], tile: int | None, threads: MemberThreads
+) -> list[Any]:
+    def pack(index: int) -> Any:
         row = lowered.row(weight.name, index)
+        if tile:
+            return WinogradWeights.of(row, tile, settings[3])
         return torch.ops.mkldnn._reorder_convolution_weight(row.contiguous(), *settings, input_size)
 
     return threads.map(pack, range(len(lowered.slots[weight.name]) if weight.name in lowered.stacked else 1))

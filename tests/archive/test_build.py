@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from archiver import REPOSITORY, pack
+from archiver import REPOSITORY, kernels, pack
 from tests.archive.conftest import HANDLER, Project, tiny_state
+from vmap_ensemble.errors import LoadError
+from vmap_ensemble.kernel_library import INSTRUCTION_SETS, SOURCES, runs_kernels
 from vmap_ensemble.members import hash_file, load_members, read_manifest
 
 
@@ -50,6 +52,27 @@ def test_what_comes_out_is_what_went_in(project: Project) -> None:
     assert [member.source for member in members.members] == ["m0.pt", "m1.pt"]
     assert members.members[0].source_sha256 == hash_file(project.folder / "m0.pt")
     assert members.members[0].sha256 == hash_file(folder / "members/m0.safetensors")
+
+
+@pytest.mark.skipif(not runs_kernels(), reason="no kernels for this machine")
+def test_kernels_are_packed_for_each_instruction_set(project: Project) -> None:
+    project.run("tiny")
+    folder = project.unpack() / "vmap_ensemble/kernels"
+    packed = {target.file for target in INSTRUCTION_SETS.values()}
+    assert {path.name for path in folder.iterdir()} == packed | {path.name for path in SOURCES.iterdir()}
+    for file in packed:
+        assert (folder / file).read_bytes()[:4] == b"\x7fELF"
+
+
+def test_without_a_compiler_the_archive_is_built_and_says_what_it_lacks(project: Project, capsys, monkeypatch) -> None:
+    def fail(*args: object) -> None:
+        raise LoadError("no C++ compiler")
+
+    monkeypatch.setattr(kernels, "runs_kernels", lambda: True)
+    monkeypatch.setattr(kernels, "build_library", fail)
+    assert project.run("tiny") == 0
+    assert "without kernels of our own, so convolutions will be slower: no C++ compiler" in capsys.readouterr().out
+    assert not list((project.unpack() / "vmap_ensemble/kernels").glob("*.so"))
 
 
 def test_settings_are_flat_and_tell_no_path(project: Project) -> None:

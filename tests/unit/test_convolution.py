@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmap_ensemble import prepacking, schedule
+from vmap_ensemble import prepacking, schedule, single_row, winograd
 from vmap_ensemble.convolution import prepare
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.kernel_library import load_library
 from vmap_ensemble.lowered_model import UnsupportedModel
 from vmap_ensemble.member_threads import MemberThreads
 from vmap_ensemble.members import StackedMembers
@@ -19,6 +20,7 @@ from vmap_ensemble.prepared import PreparedForward
 from vmap_ensemble.schedule import Schedule
 
 APART = Schedule(False, 1)
+needs_kernels = pytest.mark.skipif(load_library() is None, reason="no kernels for this machine")
 
 
 def joint(members):
@@ -59,6 +61,21 @@ class Residual(nn.Module):
         y = self.relu(y)
         y = self.relu(self.b_norm(self.b(y)) + self.project(y))
         return self.fc(torch.flatten(self.pool(y), 1))
+
+
+class Deep(nn.Module):
+    """Convolutions of 3x3 pixels behind one another: with a norm, a residual sum, pooling, a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.norm = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.second, self.third = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 48, 3, padding=(0, 1))
+        self.fc = nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.first(F.relu(self.stem(x))))), 2)
+        x = F.relu(self.second(x) + x)
+        return self.fc(self.third(x).mean((2, 3)))
 
 
 class Mobile(nn.Module):
@@ -139,7 +156,7 @@ class Flat(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 12), nn.ReLU(), nn.Linear(12, 10, bias=False))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 16), nn.ReLU(), nn.Linear(16, 10, bias=False))
 
     def forward(self, x):
         return F.log_softmax(self.head(self.features(x)), dim=1)
@@ -269,6 +286,7 @@ def test_joined_members_are_one_call_of_each_step(monkeypatch):
     import vmap_ensemble.prepared as module
 
     monkeypatch.setattr(module, "vmap", None)  # every step has its rule: nothing is left for it
+    monkeypatch.setattr(prepacking, "choose_tile", lambda *a: None)  # whose calls can't be counted here
     models, members = build_members(Residual, 5)
     x = torch.randn(2, 3, 16, 16)
     forward = prepare(Residual().eval(), members, x, schedule=joint(members))
@@ -324,7 +342,8 @@ def test_meta_skeleton_is_enough():
     assert_equal(forward(x), run_loop(models, x))
 
 
-def test_batch_norm_and_residual_leave_no_step_of_their_own():
+def test_batch_norm_and_residual_leave_no_step_of_their_own(monkeypatch):
+    monkeypatch.setattr(prepacking, "choose_tile", lambda *a: None)
     _, members = build_members(Residual, 2)
     x = torch.randn(1, 3, 16, 16)
     forward = prepare(Residual().eval(), members, x, schedule=APART)
@@ -494,9 +513,9 @@ def test_the_operator_has_the_rule_for_whoever_vmaps_it(monkeypatch, schedule):
 @pytest.mark.parametrize("second_copy", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch, count, second_copy):
-    """A single row as groups of one convolution, if its copy of the weights is allowed; more in calls per member."""
-    monkeypatch.setattr(prepacking, "MIN_LINEAR_WEIGHTS", 12 * 288)
-    monkeypatch.setattr(prepacking, "MAX_SECOND_COPY", count * 12 * 288 * 4 - (not second_copy))
+    """A single row in one call for all members, if its copy of the weights is allowed; more in calls per member."""
+    monkeypatch.setattr(prepacking, "MIN_LINEAR_WEIGHTS", 16 * 288)
+    monkeypatch.setattr(prepacking, "MAX_SECOND_COPY", count * 16 * 288 * 4 - (not second_copy))
     models, members = build_members(Flat, count)
     x = torch.randn(3, 1, 14, 14)
     forward = prepare(Flat().eval(), members, x, schedule=joint(members))
@@ -504,10 +523,38 @@ def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch
     for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
         with CountCalls() as counted:
             got = forward(batch)
-        grouped = second_copy and len(batch) == 1
-        assert counted.calls["mkldnn::_linear_pointwise"] == (0 if grouped else count)
-        assert counted.calls["mkldnn::_convolution_pointwise"] == (2 if grouped else 1)
+        together = second_copy and len(batch) == 1 and load_library() is not None
+        assert counted.calls["mkldnn::_linear_pointwise"] == (0 if together else count)
         assert counted.calls["aten::relu"] == 0
+        assert_equal(got, run_loop(models, batch))
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_without_kernels_of_our_own_it_equals_the_loop(monkeypatch, case, count):
+    """Another CPU, or no compiler: everything runs on oneDNN."""
+    for module in (winograd, single_row):
+        monkeypatch.setattr(module, "load_library", lambda: None)
+    make, shape = CASES[case]
+    models, members = build_members(make, count)
+    x = torch.randn(2, *shape)
+    assert_equal(prepare(make().eval(), members, x, schedule=APART)(x), run_loop(models, x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("make_schedule", [lambda members: APART, joint])
+def test_convolutions_of_3x3_pixels_are_computed_in_tiles(make_schedule):
+    """With the pooling that follows one; every other size than the example's, too."""
+    models, members = build_members(Deep, 3)
+    x = torch.randn(2, 3, 40, 40)
+    forward = prepare(Deep().eval(), members, x, schedule=make_schedule(members))
+    assert "3 of them in Winograd's tiles" in forward.reason
+    for shape in ((2, 3, 40, 40), (1, 3, 40, 40), (9, 3, 16, 16), (1, 3, 19, 23), (2, 3, 8, 9)):
+        batch = torch.randn(*shape)
+        with CountCalls() as counted:
+            got = forward(batch)
+        assert counted.calls["aten::max_pool2d_with_indices"] == counted.calls["aten::maximum"] == 0
         assert_equal(got, run_loop(models, batch))
 
 
