@@ -54,6 +54,11 @@ JOBS = (
         "--only loop_compiled onnxruntime_one_graph openvino stock_vmap ours_auto",
     ),
     Job("forward-mnist", "forward", "benchmarks.forward --model mnist --members 8 32 --batch 1 8 --seconds 10"),
+    Job(
+        "forward-mnist-trained",
+        "forward",
+        "benchmarks.forward --model mnist-trained --members 8 32 --batch 1 8 --seconds 10",
+    ),
     Job("forward-minilm", "forward", "benchmarks.forward --model minilm --members 4 --batch 1 8 --seconds 20"),
     Job("forward-bert", "forward", "benchmarks.forward --model bert --members 2 --batch 1 --seconds 20"),
     Job("scaling", "scaling", "benchmarks.scaling --model mnist resnet18 minilm --seconds 25"),

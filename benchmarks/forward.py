@@ -176,7 +176,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.forward", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", nargs="+", choices=sorted(NETWORKS), default=["resnet18"], help="networks, with random weights")
+    add("--model", nargs="+", choices=sorted(NETWORKS), default=["resnet18"], help="networks")
     add("--members", type=int, nargs="+", default=[4], help="sizes of the ensemble, such as 2 4 8 16 32")
     add("--batch", type=int, nargs="+", default=[1], help="batch sizes, such as 1 8 32")
     add("--device", default="cpu", help="where to run, such as cuda")

@@ -148,8 +148,8 @@ def forward_tables(result: Result) -> Iterator[Table]:
     head = ("network", "N", "batch", "loop", *rivals, "ours auto: time / roofline")
     note = (
         "Medians in turns in one process; the other columns are the loop's time divided by theirs, so below 1 is "
-        "slower than the loop. Roofline: the least time that arithmetic and weights need at ceilings measured in the "
-        "run. A dash: it refused, see the file."
+        "slower than the loop. Roofline: the least time that the plain arithmetic and all weights need at ceilings "
+        "measured in the run. A dash: it refused, see the file."
     )
     for cell in result.figures["cells"]:
         if "left_out" in cell:

@@ -1,9 +1,10 @@
 """A network and a batch -> the least time that this machine could need for it, from ceilings measured here.
 
-No run can be faster than its floating point operations at the speed of a large matrix product (or of a large 1x1
-convolution, the same product in another library), nor than reading its members' weights once at the speed of a large
-copy. Activations are not counted, so the bound is a low one; weights
-that stay in a cache between calls can be read faster than the memory gives them.
+No run that computes as the network is written can be faster than its floating point operations at the speed of a
+large matrix product (or of a large 1x1 convolution, the same product in another library), nor than reading its
+members' weights once at the speed of a large copy. Activations are not counted, so the bound is a low one. Weights
+that stay in a cache between calls can be read faster than the memory gives them, those that meet a 0 needn't be read,
+and Winograd's convolutions multiply less: such runs can fall below it.
 """
 
 from __future__ import annotations

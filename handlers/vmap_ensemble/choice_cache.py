@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vmap_ensemble.kernel_library import instruction_set, load_library
 from vmap_ensemble.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class ChoiceCache:
             "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),
             "torch": torch.__version__,
+            "kernels": _kernels(),
             "threads": torch.get_num_threads(),
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
@@ -109,6 +111,12 @@ class ChoiceCache:
             os.replace(temporary, self.path)
         except OSError as error:
             logger.warning("the choice can't be stored in %s: %s", self.path.name, error)
+
+
+def _kernels() -> str | None:
+    """Which of our own there are: other ones may be faster."""
+    target = instruction_set()
+    return target.file if target is not None and load_library() is not None else None
 
 
 def _cpu_capability() -> str:
