@@ -79,7 +79,9 @@ def trained_network() -> Network:
 
 @functools.cache
 def _train(seed: int) -> nn.Module:
-    network = train_member(load_digits(SAMPLE_DIR, "train"), seed, TrainingSettings(epochs=1), lambda *seen: None)
+    with torch.inference_mode(False), torch.enable_grad():
+        digits = load_digits(SAMPLE_DIR, "train")
+        network = train_member(digits, seed, TrainingSettings(epochs=1), lambda *seen: None)
     return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 

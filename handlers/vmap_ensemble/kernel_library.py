@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("kernels")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmap-ensemble" / "kernels"
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi")
 _COMPILE_TIMEOUT_S = 120
 
 

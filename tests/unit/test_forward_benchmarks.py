@@ -13,7 +13,8 @@ from benchmarks import forward, measure, networks, roofline, scaling, seeds
 from benchmarks.forward_rivals import Call, Rivals
 from benchmarks.measure import Timing
 
-QUICK = ["--seconds", "0.05", "--threads", "1"]
+QUICK = ["--seconds", "0.05", "--threads", "1"]from training.mnist_data import SAMPLE_DIR, load_digits
+
 
 
 @pytest.fixture
@@ -51,6 +52,19 @@ def test_ceilings_are_measured() -> None:
 
 
 # --- networks and rivals ------------------------------------------------------------------------------------
+
+
+def test_trained_members_leave_zeros_behind_their_relus() -> None:
+    network, seen = networks.NETWORKS["mnist-trained"], []
+    with torch.inference_mode():
+        (member,) = networks.build_members(network, 1)
+        member.fc1.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+        (images,) = network.make_args(64)
+        predicted = member(images).argmax(1)
+    assert images.shape == (64, 1, 28, 28)
+    labels = load_digits(SAMPLE_DIR, "test").labels[:64]
+    assert (predicted == labels).float().mean() > 0.8
+    assert (seen[0] == 0).float().mean() > 0.6
 
 
 def test_members_differ_and_repeat() -> None:
