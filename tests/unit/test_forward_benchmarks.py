@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks import forward, measure, networks, roofline, scaling, seeds
 from benchmarks.forward_rivals import Call, Rivals
 from benchmarks.measure import Timing
+from training.mnist_data import SAMPLE_DIR, load_digits
 
-QUICK = ["--seconds", "0.05", "--threads", "1"]from training.mnist_data import SAMPLE_DIR, load_digits
-
+QUICK = ["--seconds", "0.05", "--threads", "1"]
 
 
 @pytest.fixture
