@@ -110,7 +110,8 @@ def test_wrong_images_are_refused():
     [
         ((64, 64, 3, 3), (1, 64, 56, 56), 4),
         ((128, 128, 3, 3), (1, 128, 28, 28), 4),
-        ((512, 512, 3, 3), (1, 512, 7, 7), 2),  # 4x4 tiles would read four times as many weights
+        ((256, 256, 3, 3), (1, 256, 14, 14), 2),  # 4x4 tiles would read four times as many weights
+        ((512, 512, 3, 3), (1, 512, 7, 7), None),  # too little is won for so many weights
         ((512, 512, 3, 3), (8, 512, 7, 7), 4),
         ((512, 512, 3, 3), (1, 512, 2, 2), None),  # one tile: nothing but weights to read
     ],
