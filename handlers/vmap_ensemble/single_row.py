@@ -41,11 +41,11 @@ class RowMatrices:
         # Every 0 is left out, whatever it would be multiplied by: 0 * inf isn't 0.
         if filters % target.lanes or columns >= 2**31 or not bool(weight.isfinite().all()):
             return None
-        values = torch.empty(count, filters * columns, dtype=weight.dtype)
+        values, start = torch.empty(count, filters * columns, dtype=weight.dtype), 0
         for panel in weight.split(library.single_row_panel(), dim=1):
-            start = (panel.storage_offset() - weight.storage_offset()) // columns if count else 0
-            rows = values[:, start * columns : (start + panel.shape[1]) * columns]
-            rows.unflatten(1, (columns, -1)).copy_(panel.mT)
+            end = start + panel.shape[1] * columns
+            values[:, start:end].unflatten(1, (columns, -1)).copy_(panel.mT)
+            start = end
         return cls(values, filters)
 
     def multiply(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:

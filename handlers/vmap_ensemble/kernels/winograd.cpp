@@ -7,6 +7,7 @@
 // Images are channels_last, so each step takes LANES channels of a pixel at once. A block of tiles goes through all
 // three steps while it lies in the cache, and is as large as to read the weights seldom.
 #include <algorithm>
+#include <numeric>
 
 #include "vector.h"
 
@@ -202,10 +203,17 @@ struct Winograd {
     const int64_t tiles = layer.batch * layer.tile_rows * layer.tile_columns;
     if (!tiles) return true;
     // From a quarter as many tiles as filters on, reading the weights again costs little beside the block's own values.
-    const int64_t most = std::max<int64_t>(4 * ROWS, layer.filters / 4);
+    const int64_t most = std::max<int64_t>(4 * ROWS, layer.filters / 4), least = 2 * ROWS;
     int64_t blocks = (tiles + most - 1) / most;
-    if (layer.groups < threads) blocks = (blocks + threads - 1) / threads * threads;
-    if (layer.groups < threads && tiles < 2 * ROWS * blocks) return run_filters_apart(tiles, threads);
+    if (layer.groups * blocks < 4 * threads) {  // few jobs: as many for each thread
+      const int64_t step = threads / std::gcd(layer.groups, int64_t(threads));
+      blocks = (blocks + step - 1) / step * step;
+    }
+    if (tiles < least * blocks) {
+      const int64_t panels = (layer.filters + PANEL - 1) / PANEL, short_blocks = std::max<int64_t>(1, tiles / ROWS);
+      if (layer.groups < threads && panels > short_blocks) return run_filters_apart(tiles, threads);
+      blocks = std::min(blocks, short_blocks);
+    }
     return run_tiles_apart(tiles, blocks, threads);
   }
 
