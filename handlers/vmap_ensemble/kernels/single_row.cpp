@@ -12,7 +12,7 @@ typedef uint16_t Half __attribute__((vector_size(LANES * 2), aligned(2), may_ali
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 
 constexpr int MOST_VECTORS = 8;  // sums in registers
-constexpr int AHEAD = 16;        // rows between a prefetch and its use; the rows that follow are known, not adjacent
+constexpr int AHEAD = 32;        // rows between a prefetch and its use: the CPU's own is late, even where rows follow on
 
 struct Bfloat16 {
   uint16_t bits;
@@ -47,21 +47,32 @@ struct Product {
   int64_t columns, filters;
   bool relu;
 
-  // Sums of C vectors of filters over the listed inputs, or over all in order, which needs no prefetching.
+  // A row that will be needed is on its way to the cache; where it lies beyond the weights, nothing happens.
+  template <int C>
+  static void fetch(const T* row) {
+    for (int64_t byte = 0; byte < C * LANES * int64_t(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+  }
+
+  template <int C>
+  static void add(Vec* sums, float input, const T* row) {
+    for (int c = 0; c < C; c++) sums[c] += input * load(row + c * LANES);
+  }
+
+  // Sums of C vectors of filters over the listed inputs, or over all in order.
   template <int C>
   void sum(const T* x, const Input* inputs, int64_t count, const T* weights, const T* bias, T* y) const {
     Vec sums[C] = {};
     if (inputs)
       for (int64_t i = 0; i < count; i++) {
-        const T* ahead = weights + inputs[std::min(i + AHEAD, count - 1)].index * (C * LANES);
-        for (int64_t byte = 0; byte < C * LANES * int64_t(sizeof(T)); byte += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
-        const T* row = weights + inputs[i].index * (C * LANES);
-        for (int c = 0; c < C; c++) sums[c] += inputs[i].value * load(row + c * LANES);
+        fetch<C>(weights + inputs[std::min(i + AHEAD, count - 1)].index * (C * LANES));
+        add<C>(sums, inputs[i].value, weights + inputs[i].index * (C * LANES));
       }
     else
-      for (int64_t i = 0; i < columns; i++)
-        for (int c = 0; c < C; c++) sums[c] += widen(x[i]) * load(weights + (i * C + c) * LANES);
+      for (int64_t i = 0; i < columns; i++) {
+        fetch<C>(weights + (i + AHEAD) * (C * LANES));
+        add<C>(sums, widen(x[i]), weights + i * (C * LANES));
+      }
     for (int c = 0; c < C; c++) {
       Vec value = sums[c] + (bias ? load(bias + c * LANES) : Vec{});
       store(y + c * LANES, relu ? ::relu(value) : value);
