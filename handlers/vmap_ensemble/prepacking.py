@@ -96,10 +96,13 @@ def pack_convolutions(
                 x, other, weight, bias, settings, activation = args
             else:
                 continue
-            slot = _add_packed_slot(lowered, weight)
             plain = lowered.slots[weight.name]
             shape = plain.shape[1:] if weight.name in lowered.stacked else plain.shape
-            tile = choose_tile(plain.dtype, shape, settings, str(activation), values[node].shape)
+            output = _output_shape(values[x].shape, shape, settings)
+            if other is not None and (values[other].shape != output or values[other].dtype != plain.dtype):
+                continue  # it is repeated to be added, or the convolution's value is: only the plain step knows how
+            slot = _add_packed_slot(lowered, weight)
+            tile = choose_tile(plain.dtype, shape, settings, str(activation), output)
             packed[slot.name] = _pack_weight(lowered, weight, settings, list(values[x].shape), tile, threads)
             in_place = other is not None and is_consumable(lowered, node, (x, other), _FRESH, order, values)
             if tile:
@@ -184,6 +187,16 @@ def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) ->
     replace_node(user, node)
     nodes.remove(user)
     return True
+
+
+def _output_shape(x: Sequence[int], weight: Sequence[int], settings: Any) -> torch.Size:
+    """Of a convolution: (..., filters, H, W)."""
+    padding, stride, dilation, _ = settings
+    sides = [
+        (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for side, pad, step, gap, kernel in zip(x[-2:], padding, stride, dilation, weight[-2:], strict=True)
+    ]
+    return torch.Size([*x[:-3], weight[0], *sides])
 
 
 def _swallow_halving(node: fx.Node, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> bool:

@@ -25,10 +25,12 @@ class RowMatrices:
 
     Attributes:
         values: (M, out * in), float32 or bfloat16.
+        columns: in.
         filters: out.
     """
 
     values: Tensor
+    columns: int
     filters: int
 
     @classmethod
@@ -46,17 +48,23 @@ class RowMatrices:
             end = start + panel.shape[1] * columns
             values[:, start:end].unflatten(1, (columns, -1)).copy_(panel.mT)
             start = end
-        return cls(values, filters)
+        return cls(values, columns, filters)
 
     def multiply(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        """(M, 1, in) and (M, out) -> (M, 1, out), all of the matrices' dtype; activation is none or relu."""
-        library = load_library()
-        count, _, columns = x.shape
+        """(M, 1, in) and (M, out) -> (M, 1, out), all of the matrices' dtype; activation is none or relu.
+
+        Raises:
+            RuntimeError: Another shape or dtype than the matrices take, or no memory.
+        """
+        library, count = load_library(), len(self.values)
+        if x.shape != (count, 1, self.columns) or x.dtype != self.values.dtype:
+            expected = f"{self.values.dtype} ({count}, 1, {self.columns})"
+            raise RuntimeError(f"linear layer: expected {expected}, got {x.dtype} {tuple(x.shape)}")
         x, y = x.contiguous(), x.new_empty(count, 1, self.filters)
         bias = None if bias is None else bias.contiguous()
         done = library.single_row_multiply(  # type: ignore[union-attr]
             *(x.dtype == torch.bfloat16, x.data_ptr(), self.values.data_ptr()),
-            *(None if bias is None else bias.data_ptr(), y.data_ptr(), _Sizes(count, columns, self.filters)),
+            *(None if bias is None else bias.data_ptr(), y.data_ptr(), _Sizes(count, self.columns, self.filters)),
             *(activation == "relu", torch.get_num_threads()),
         )
         if not done:

@@ -112,7 +112,7 @@ def convolve_tiles(
 
     Args:
         x: (B, groups * channels, H, W), channels_last or it is copied.
-        other: The residual, of the output's shape; None adds none.
+        other: The residual, of the output's shape or expanded to it; None adds none.
         weights: See there.
         bias: (groups * filters,).
         padding: Rows and columns of zeros on each side.
@@ -124,21 +124,20 @@ def convolve_tiles(
         (B, groups * filters, H + 2 * rows - 2, W + 2 * columns - 2), or half of the sides; channels_last.
 
     Raises:
-        RuntimeError: The image is smaller than the kernel, other channels than the weights', or no memory.
+        RuntimeError: Another dtype, other channels than the weights', an image smaller than the kernel, a residual
+            that doesn't expand to the output's shape, or no memory.
     """
     batch, channels, height, width = x.shape
     sides = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
-    if channels != weights.groups * weights.channels or min(sides) < 1:
-        expected = f"(B, {weights.groups * weights.channels}, H, W) of at least 3x3 with its padding"
-        raise RuntimeError(f"convolution: expected {expected}, got {tuple(x.shape)} padded by {tuple(padding)}")
+    if channels != weights.groups * weights.channels or min(sides) < 1 or x.dtype != torch.float32:
+        expected = f"float32 (B, {weights.groups * weights.channels}, H, W) of at least 3x3 with its padding"
+        got = f"{x.dtype} {tuple(x.shape)} padded by {tuple(padding)}"
+        raise RuntimeError(f"convolution: expected {expected}, got {got}")
+    shape = (batch, weights.groups * weights.filters, *(side // 2 if halved else side for side in sides))
     x = x.contiguous(memory_format=torch.channels_last)
     if other is not None:
-        other = other.contiguous(memory_format=torch.channels_last)
-    if in_place and other is not None:
-        y = other
-    else:
-        shape = (batch, weights.groups * weights.filters, *(side // 2 if halved else side for side in sides))
-        y = torch.empty(shape, memory_format=torch.channels_last)
+        other = other.to(torch.float32).expand(shape).contiguous(memory_format=torch.channels_last)
+    y = other if in_place and other is not None else torch.empty(shape, memory_format=torch.channels_last)
     sizes = _Sizes(batch, height, width, weights.groups, weights.channels, weights.filters, *padding)
     done = load_library().winograd_convolve(  # type: ignore[union-attr]
         *(weights.tile, x.data_ptr(), weights.values.data_ptr(), None if bias is None else bias.data_ptr()),

@@ -78,6 +78,19 @@ class Deep(nn.Module):
         return self.fc(self.third(x).mean((2, 3)))
 
 
+class Shifted(nn.Module):
+    """What is added to a convolution has not the sum's shape; or it has, and the convolution has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+        self.shift = nn.Parameter(torch.randn(1, 16, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.one(self.stem(x)) + self.shift)
+        return self.two(F.adaptive_avg_pool2d(x, 3)) + x
+
+
 class Mobile(nn.Module):
     """Depthwise, dilated and `same` convolutions, gating, other activations, a norm that can't be folded."""
 
@@ -527,6 +540,16 @@ def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch
         assert counted.calls["mkldnn::_linear_pointwise"] == (0 if together else count)
         assert counted.calls["aten::relu"] == 0
         assert_equal(got, run_loop(models, batch))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_sums_of_unequal_shapes_are_left_to_the_plain_step(monkeypatch, kernels, count):
+    if not kernels:
+        monkeypatch.setattr(winograd, "load_library", lambda: None)
+    models, members = build_members(Shifted, count)
+    x = torch.randn(3, 3, 34, 34)
+    assert_equal(prepare(Shifted().eval(), members, x, schedule=APART)(x), run_loop(models, x))
 
 
 @needs_kernels

@@ -68,7 +68,7 @@ def test_equals_torch(lanes, threads, tile, shape, filters, groups, padding):
     added = F.relu(want + other)
     assert_close(convolve_tiles(x, other, packed, bias, padding, "relu", False, False), added, tile)
     in_place = convolve_tiles(x, other, packed, bias, padding, "relu", True, False)
-    assert in_place is other
+    assert in_place.data_ptr() == other.data_ptr()
     assert_close(in_place, added, tile)
     if min(want.shape[2:]) > 1:
         halved = convolve_tiles(x, None, packed, None, padding, "relu", False, True)
@@ -99,10 +99,25 @@ def test_what_is_not_a_number_stays_so(lanes, tile, halved):
 def test_wrong_images_are_refused():
     x, weight, bias = make_layer((1, 16, 2, 2), 16)
     packed = WinogradWeights.of(weight, 2, 1)
-    with pytest.raises(RuntimeError, match=r"\(B, 16, H, W\) of at least 3x3 with its padding, got \(1, 16, 2, 2\)"):
+    with pytest.raises(
+        RuntimeError, match=r"\(B, 16, H, W\) of at least 3x3 with its padding, got torch.float32 \(1, 16, 2"
+    ):
         convolve_tiles(x, None, packed, bias, (0, 0), "none", False, False)
-    with pytest.raises(RuntimeError, match=r"got \(1, 32, 8, 8\) padded by \(1, 1\)"):
+    with pytest.raises(RuntimeError, match=r"got torch.float32 \(1, 32, 8, 8\) padded by \(1, 1\)"):
         convolve_tiles(torch.randn(1, 32, 8, 8), None, packed, bias, (1, 1), "none", False, False)
+    with pytest.raises(RuntimeError, match=r"expected float32 .* got torch.float64 \(1, 16, 2, 2\)"):
+        convolve_tiles(x.double(), None, packed, bias, (1, 1), "none", False, False)
+
+
+def test_a_residual_is_expanded_to_the_output_or_refused():
+    x, weight, bias = make_layer((3, 16, 6, 6), 16)
+    packed = WinogradWeights.of(weight, 2, 1)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    for shape in ((1, 16, 6, 6), (3, 16, 1, 1), (16, 1, 1)):
+        other = torch.randn(shape)
+        assert_close(convolve_tiles(x, other, packed, bias, (1, 1), "none", False, False), want + other, 2)
+    with pytest.raises(RuntimeError, match="expanded size"):
+        convolve_tiles(x, torch.randn(2, 16, 6, 6), packed, bias, (1, 1), "none", False, False)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +182,13 @@ def test_a_single_row_is_not_multiplied_so_where_zeros_matter_or_do_not_fit(lane
     assert single_row.RowMatrices.of(weight[:, :20].contiguous()) is None  # no whole registers
     weight[1, 3, 4] = float("inf")  # 0 * inf is no number
     assert single_row.RowMatrices.of(weight) is None
+
+
+def test_other_rows_than_the_matrices_take_are_refused():
+    matrices = single_row.RowMatrices.of(torch.randn(2, 32, 20))
+    for x in (torch.randn(2, 1, 19), torch.randn(2, 2, 20), torch.randn(3, 1, 20), torch.randn(2, 1, 20).double()):
+        with pytest.raises(RuntimeError, match=r"linear layer: expected torch.float32 \(2, 1, 20\), got torch.float"):
+            matrices.multiply(x, None, "none")
 
 
 def test_bfloat16_rounds_as_torch_does(lanes):
