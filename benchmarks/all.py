@@ -1,4 +1,4 @@
-"""Nothing -> every table of benchmarks/results for this machine, then the report; about 25 minutes on two cores.
+"""Nothing -> every table of benchmarks/results for this machine, then the report; about an hour on two cores.
 
     python -m benchmarks.all                    # --only serve forward: some tables; --list: the commands
 
