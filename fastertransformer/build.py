@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vmap_ensemble import kernel_library
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 LIBRARY = Path(__file__).resolve().parent.parent / "build" / "libpyt_fastertransformer.so"
@@ -68,10 +69,9 @@ def find_compiler() -> str:
     Raises:
         BuildError: There is none.
     """
-    for name in filter(None, [os.environ.get("CXX"), "g++", "c++"]):
-        found = shutil.which(name)
-        if found:
-            return found
+    found = kernel_library.find_compiler()
+    if found is not None:
+        return found
     raise BuildError(
         "No C++ compiler: expected g++ 9 or newer on the path (Debian and Ubuntu: apt-get install g++), or the "
         "variable CXX naming one"

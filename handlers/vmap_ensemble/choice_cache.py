@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from vmap_ensemble.kernel_library import instruction_set, load_library
 from vmap_ensemble.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -61,16 +60,24 @@ class ChoiceCache:
         archive: What the choice is for: a hash of the members.
         examples: Argument tuples of the sizes that are served.
         device: Where the members are.
+        kernels: The library of our own that a candidate runs on, if one does: another may be faster.
     """
 
-    def __init__(self, folder: Path, archive: str, examples: Sequence[tuple[Any, ...]], device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        archive: str,
+        examples: Sequence[tuple[Any, ...]],
+        device: torch.device,
+        kernels: str | None,
+    ) -> None:
         self.key = {
             "method": METHOD,
             "archive": archive,
             "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),
             "torch": torch.__version__,
-            "kernels": _kernels(),
+            "kernels": kernels,
             "threads": torch.get_num_threads(),
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
@@ -111,12 +118,6 @@ class ChoiceCache:
             os.replace(temporary, self.path)
         except OSError as error:
             logger.warning("the choice can't be stored in %s: %s", self.path.name, error)
-
-
-def _kernels() -> str | None:
-    """Which of our own there are: other ones may be faster."""
-    target = instruction_set()
-    return target.file if target is not None and load_library() is not None else None
 
 
 def _cpu_capability() -> str:

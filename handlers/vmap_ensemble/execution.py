@@ -25,6 +25,7 @@ from vmap_ensemble.convolution import build_prepared
 from vmap_ensemble.cuda_graphs import BUCKETS, CudaGraphs
 from vmap_ensemble.errors import LoadError, SettingsError, first_line
 from vmap_ensemble.forward import EnsembleForward
+from vmap_ensemble.kernel_library import library_name
 from vmap_ensemble.measuring import LONG_S, LOOP, Args, Readings, Run, time_block, time_call
 from vmap_ensemble.native_code import compile_here, why_not
 from vmap_ensemble.proof import Proof, compare_outputs, prove_equal, split_members
@@ -221,7 +222,9 @@ class _Auto:
         self.loop_s: list[float] = []  # per example, about
         self.started = time.monotonic()
         folder, device = options.cache_dir, _device_of(forward)
-        self.cache = ChoiceCache(folder, options.archive_sha, examples, device) if folder else None
+        # Asked for where they serve alone: the answer may take a compiler, and a warning that there is none.
+        kernels = library_name() if device.type == "cpu" and has_convolutions(forward.model) else None
+        self.cache = ChoiceCache(folder, options.archive_sha, examples, device, kernels) if folder else None
 
     def choose(self) -> Execution:
         cached = self.cache.read() if self.cache else None

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
+from vmap_ensemble import runtime
 from vmap_ensemble.errors import LoadError, first_line
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("kernels")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmap-ensemble" / "kernels"
+CACHE = runtime.CACHE / "kernels"
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi")
 _COMPILE_TIMEOUT_S = 120
 
@@ -85,7 +86,7 @@ def build_library(target: InstructionSet, folder: Path) -> Path:
     path = folder / target.file
     if path.exists():
         return path
-    compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "c++"]))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise LoadError("no C++ compiler: expected g++ 9 or newer on the path, or the variable CXX naming one")
     try:
@@ -103,6 +104,12 @@ def build_library(target: InstructionSet, folder: Path) -> Path:
     except OSError as error:
         raise LoadError(f"{path.name} can't be written: {error.strerror}") from error
     return path
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: $CXX, g++ or c++; None if there is none."""
+    names = filter(None, [os.environ.get("CXX"), "g++", "c++"])
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def _run(command: list[str]) -> None:
@@ -128,6 +135,12 @@ def load_library() -> ctypes.CDLL | None:
     except (LoadError, OSError) as error:
         logger.warning("convolutions and single rows run without kernels of our own: %s", first_line(error))
         return None
+
+
+def library_name() -> str | None:
+    """What the library's file is called; None where there is none."""
+    library = load_library()
+    return None if library is None else Path(library._name).name
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from vmap_ensemble.metrics import Metrics
 from vmap_ensemble.precision import Precision, read_precision
 from vmap_ensemble.proof import Proof
 from vmap_ensemble.runtime import (
+    CACHE,
     DTYPES,
     configure_torch,
     freed_memory_returned,
@@ -46,7 +46,6 @@ from vmap_ensemble.settings import Settings, load_settings
 logger = logging.getLogger(__name__)
 
 SAMPLE_BATCH = 2
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmap-ensemble"
 
 
 class LoadedEnsemble(BaseHandler):

@@ -98,7 +98,8 @@ def pack_convolutions(
                 continue
             plain = lowered.slots[weight.name]
             shape = plain.shape[1:] if weight.name in lowered.stacked else plain.shape
-            output = _output_shape(values[x].shape, shape, settings)
+            unfilled = torch.empty(shape, dtype=plain.dtype, device="meta")
+            output = convolve(values[x].to("meta"), unfilled, None, settings, "none").shape
             if other is not None and (values[other].shape != output or values[other].dtype != plain.dtype):
                 continue  # it is repeated to be added, or the convolution's value is: only the plain step knows how
             slot = _add_packed_slot(lowered, weight)
@@ -187,16 +188,6 @@ def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) ->
     replace_node(user, node)
     nodes.remove(user)
     return True
-
-
-def _output_shape(x: Sequence[int], weight: Sequence[int], settings: Any) -> torch.Size:
-    """Of a convolution: (..., filters, H, W)."""
-    padding, stride, dilation, _ = settings
-    sides = [
-        (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
-        for side, pad, step, gap, kernel in zip(x[-2:], padding, stride, dilation, weight[-2:], strict=True)
-    ]
-    return torch.Size([*x[:-3], weight[0], *sides])
 
 
 def _swallow_halving(node: fx.Node, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> bool:
