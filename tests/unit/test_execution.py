@@ -265,6 +265,16 @@ def test_the_choice_is_read_from_the_cache(monkeypatch, tmp_path):
     torch.testing.assert_close(again(*EXAMPLES[0]), forward.loop(*EXAMPLES[0]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("convolves", [True, False])
+def test_kernels_are_looked_for_where_they_can_serve(monkeypatch, tmp_path, convolves):
+    asked = []
+    monkeypatch.setattr(execution, "library_name", lambda: asked.append(1))
+    monkeypatch.setattr(execution, "has_convolutions", lambda model: convolves)
+    options = ExecutionOptions(budget_s=0.0, cache_dir=tmp_path)
+    build_execution("auto", build_forward(), EXAMPLES[:1], options)
+    assert len(asked) == convolves
+
+
 def test_a_choice_of_a_busy_machine_is_measured_once_more_and_then_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring.Readings, "is_settled", lambda self, names: False)
     options = ExecutionOptions(budget_s=0.0, cache_dir=tmp_path)
