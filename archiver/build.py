@@ -20,13 +20,14 @@ from archiver.pack import pack_archive, settings_of, target_path
 from archiver.precision import check_precision, judge_precision
 from archiver.pretrained import check_num_labels, check_tokenizer, choose_pretrained, stage_pretrained
 from archiver.report import show_archive, show_kernels, show_precision, show_survey, show_traced
-from archiver.resolve import Source, resolve_members
+from archiver.resolve import resolve_members
+from archiver.source import Source
 from archiver.survey import Survey, survey_members
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
-from vmap_ensemble.architecture import TRANSFORMERS
+from vmap_ensemble.archive.settings import parse_settings
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.pretrained import PRETRAINED_FOLDER
-from vmap_ensemble.settings import parse_settings
+from vmap_ensemble.models.architecture import TRANSFORMERS
+from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 
 Step = Callable[[str], None]
 

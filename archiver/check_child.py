@@ -74,7 +74,7 @@ def find_handler(file: str) -> Any:
 
 def check_members(folder: Path) -> str:
     """Count the members' files and compare their SHA-256."""
-    members = importlib.import_module("vmap_ensemble.members")
+    members = importlib.import_module("vmap_ensemble.core.members")
     manifest = members.read_manifest(folder)
     members.check_hashes(folder, manifest)
     return ", ".join(member.name for member in manifest.members)

@@ -1,6 +1,6 @@
 """Turns the staged files of an archive into native code of its forward, beside them: compiled/*.pt2.
 
-The members are loaded as a worker does; what compiles them is vmap_ensemble.native_code.
+The members are loaded as a worker does; what compiles them is vmap_ensemble.execution.compiled.native_code.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import yaml
 from torch import Tensor
 
 from archiver.blocks import ArchiveRequest
-from vmap_ensemble.ahead_of_time import Package
+from vmap_ensemble.archive.settings import load_settings
+from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.errors import ArchiveError, LoadError
-from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.native_code import why_not, write_native_code
-from vmap_ensemble.settings import load_settings
+from vmap_ensemble.execution.compiled.native_code import why_not, write_native_code
+from vmap_ensemble.execution.compiled.packages import Package
 
 Step = Callable[[str], None]
 

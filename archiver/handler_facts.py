@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vmap_ensemble.archive.settings import WORKER_KEYS, check_keys, known_keys, parse_settings
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.settings import WORKER_KEYS, check_keys, known_keys, parse_settings
 
 
 def load_handler(path: Path) -> type[Any]:
@@ -24,7 +24,9 @@ def load_handler(path: Path) -> type[Any]:
             VmapEnsembleHandler.
     """
     _silence_imports()
-    from vmap_ensemble.base_handler import VmapEnsembleHandler  # here: TorchServe's import takes seconds
+    from vmap_ensemble.frontends.torchserve.handler import (
+        VmapEnsembleHandler,  # here: TorchServe's import takes seconds
+    )
 
     module = _import(path)
     # TorchServe's rule (model_loader.py, list_classes_from_module): one class of the module itself.

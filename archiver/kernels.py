@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from archiver.pack import PACKAGE
+from archiver import HANDLERS
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.kernel_library import CACHE, INSTRUCTION_SETS, SOURCES, build_library, runs_kernels
+from vmap_ensemble.execution.cpu.kernel_library import CACHE, INSTRUCTION_SETS, SOURCES, build_library, runs_kernels
 
 
 def add_kernels(stage: Path) -> str | None:
@@ -23,7 +23,7 @@ def add_kernels(stage: Path) -> str | None:
         return "they are for Linux on x86-64 CPUs"
     try:
         for target in INSTRUCTION_SETS.values():
-            shutil.copyfile(build_library(target, CACHE), stage / PACKAGE / SOURCES.name / target.file)
+            shutil.copyfile(build_library(target, CACHE), stage / SOURCES.relative_to(HANDLERS) / target.file)
     except LoadError as error:
         return str(error)
     return None

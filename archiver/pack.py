@@ -21,12 +21,13 @@ from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
-from vmap_ensemble.ahead_of_time import COMPILED_FOLDER
+from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file
+from vmap_ensemble.archive.precision import PRECISION_FILE
+from vmap_ensemble.archive.settings import SETTINGS_FILE
+from vmap_ensemble.core.members import Member
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.members import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, Member, hash_file
-from vmap_ensemble.precision import PRECISION_FILE
-from vmap_ensemble.pretrained import PRETRAINED_FOLDER
-from vmap_ensemble.settings import SETTINGS_FILE
+from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
+from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 
 PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from archiver.blocks import ArchiveRequest
-from vmap_ensemble.aggregate import ClassPrediction, combine_classes
-from vmap_ensemble.calibration import calibrate
+from vmap_ensemble.archive.precision import Precision
+from vmap_ensemble.archive.settings import load_settings
+from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
 from vmap_ensemble.errors import ArchiveError, RequestError
-from vmap_ensemble.precision import Precision
-from vmap_ensemble.settings import load_settings
+from vmap_ensemble.execution.int8.calibration import calibrate
 
 BATCH = 16
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vmap_ensemble.checkpoints import State
+from vmap_ensemble.core.states import State
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.pretrained import (
+from vmap_ensemble.models.transformers import (
     CONFIG_FILE,
     LABELLED_MODES,
     PRETRAINED_FOLDER,
@@ -21,7 +21,7 @@ from vmap_ensemble.pretrained import (
 )
 
 if TYPE_CHECKING:
-    from archiver.resolve import Source
+    from archiver.source import Source
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

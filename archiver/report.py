@@ -11,9 +11,9 @@ from rich.table import Table
 from archiver.precision import describe
 from archiver.survey import Survey
 from archiver.traced import TracedMembers
-from vmap_ensemble.members import Manifest, hash_file
-from vmap_ensemble.precision import Precision
-from vmap_ensemble.runtime import DTYPES
+from vmap_ensemble.archive.manifest import Manifest, hash_file
+from vmap_ensemble.archive.precision import Precision
+from vmap_ensemble.process.device import DTYPES
 
 SHORT = 12
 

@@ -16,7 +16,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
 from archiver.pretrained import find_weights
-from vmap_ensemble.checkpoints import SUFFIXES
+from archiver.source import Source
+from vmap_ensemble.archive.checkpoints import SUFFIXES
 from vmap_ensemble.errors import ArchiveError
 
 TORCHVISION = "torchvision:"
@@ -27,23 +28,6 @@ RESERVED = "shared"
 
 class NetworkError(ArchiveError):
     """Weights must be fetched and the network is not there."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One member before it is packed.
-
-    Attributes:
-        name: Of the member.
-        path: The file of its weights.
-        shown: What errors and the manifest call it; never an absolute path.
-        folder: The directory that save_pretrained wrote, where the member is one.
-    """
-
-    name: str
-    path: Path
-    shown: str
-    folder: Path | None = None
 
 
 @dataclass(frozen=True)

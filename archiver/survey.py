@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from archiver.pretrained import adapt_state
-from archiver.resolve import Source
-from vmap_ensemble.architecture import TRANSFORMERS, build_architecture, infer_num_classes
-from vmap_ensemble.checkpoints import (
+from archiver.source import Source
+from vmap_ensemble.archive.checkpoints import read_state_dict
+from vmap_ensemble.archive.manifest import hash_file
+from vmap_ensemble.core.states import (
     State,
     check_finite,
     compare_members,
     find_shared,
     find_ties,
     fit_to_architecture,
-    read_state_dict,
     spec_of,
 )
-from vmap_ensemble.members import hash_file
+from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture, infer_num_classes
 
 Step = Callable[[str], None]
 

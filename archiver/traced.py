@@ -15,9 +15,10 @@ from typing import Any
 
 from archiver import REPOSITORY
 from archiver.blocks import ArchiveRequest
-from archiver.resolve import Source
+from archiver.source import Source
+from vmap_ensemble.archive.manifest import MEMBERS_FOLDER, Manifest, hash_file
+from vmap_ensemble.core.members import Member
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.members import MEMBERS_FOLDER, Manifest, Member, hash_file
 
 LIBRARY = "libpyt_fastertransformer.so"
 TOOLS = "fastertransformer"

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.measure import describe_machine
-from benchmarks.results import FOLDER, ROOT, chip_slug
+from benchmarks.measuring.measure import describe_machine
+from benchmarks.reporting.results import FOLDER, ROOT, chip_slug
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from benchmarks.measure import describe_machine, measure_interleaved, write_json
-from vmap_ensemble.batching_rules import FastRules
-from vmap_ensemble.packing import Packing, attend_packed, pack, take_first, unpack
+from benchmarks.measuring.measure import describe_machine, measure_interleaved, write_json
+from vmap_ensemble.encoders.attention import attend_packed
+from vmap_ensemble.encoders.batching_rules import FastRules
+from vmap_ensemble.encoders.packing import Packing, pack, take_first, unpack
 
 TOLERANCE = 1e-5
 VOCABULARY, WIDTH, INNER, HEADS = 30522, 384, 1536, 12

@@ -17,13 +17,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.measure import Timing, describe_machine, make_session, measure_interleaved, print_timings, write_json
-from benchmarks.vmap_comparison import perturb
-from vmap_ensemble.batching_rules import FastRules
-from vmap_ensemble.encoder import EncoderForward, PackedEncoderForward, build_encoder_forward, linear_weights
+from benchmarks.measuring.measure import (
+    Timing,
+    describe_machine,
+    make_session,
+    measure_interleaved,
+    print_timings,
+    write_json,
+)
+from benchmarks.measuring.vmap_comparison import perturb
+from vmap_ensemble.core.members import StackedMembers, stack_members
+from vmap_ensemble.encoders.batching_rules import FastRules
+from vmap_ensemble.encoders.build import build_encoder_forward, linear_weights
+from vmap_ensemble.encoders.forward import EncoderForward, PackedEncoderForward
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.members import StackedMembers, stack_members
-from vmap_ensemble.runtime import keep_freed_memory
+from vmap_ensemble.process.memory import keep_freed_memory
 
 TOLERANCE = 1e-5
 SENTENCES = ("a cat sits on the mat", "a kitten lies on the rug", "the central bank raised its rates")

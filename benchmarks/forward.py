@@ -23,13 +23,14 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from benchmarks.forward_rivals import RIVALS, Call, Rivals
-from benchmarks.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
-from benchmarks.networks import NETWORKS, Args, Network, build_members, parameter_bytes
-from benchmarks.roofline import add_roofline, count_work, measure_ceilings
+from benchmarks.measuring.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
+from benchmarks.measuring.networks import NETWORKS, Args, Network, build_members, parameter_bytes
+from benchmarks.measuring.rivals import RIVALS, Call, Rivals
+from benchmarks.measuring.roofline import add_roofline, count_work, measure_ceilings
+from vmap_ensemble.core.proof import TOLERANCE
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.proof import TOLERANCE
-from vmap_ensemble.runtime import DTYPES, keep_freed_memory
+from vmap_ensemble.process.device import DTYPES
+from vmap_ensemble.process.memory import keep_freed_memory
 
 # Of all members' weights: modules, stack, and what compilers and preparations keep.
 COPIES = 4

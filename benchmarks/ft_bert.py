@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import describe_machine, make_session, measure_interleaved
+from benchmarks.measuring.measure import describe_machine, make_session, measure_interleaved
 from fastertransformer.build import ensure_library
 from fastertransformer.trace import DTYPES, trace_checkpoint
-from vmap_ensemble.ft_library import load_ft_library, load_traced
-from vmap_ensemble.runtime import keep_freed_memory
+from vmap_ensemble.encoders.traced.library import load_ft_library, load_traced
+from vmap_ensemble.process.memory import keep_freed_memory
 
 FULL = 128  # the length that a server pads to when it doesn't look at the batch
 CELLS: dict[str, list[int]] = {

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import describe_machine, write_json
+from benchmarks.measuring.measure import describe_machine, write_json
 
 CHILD = """
 import json, sys, time
@@ -31,7 +31,7 @@ start = time.perf_counter()
 from ts.context import Context, RequestProcessor
 from resnet_handler import ResNetHandler
 imported = time.perf_counter()
-from vmap_ensemble.members import load_members
+from vmap_ensemble.archive.manifest import load_members
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
@@ -71,7 +71,8 @@ def build_folder(folder: Path, architecture: str, count: int, **options: int) ->
     from safetensors.torch import save_file
     from torchvision.models import get_model
 
-    from vmap_ensemble.members import Manifest, Member, hash_file
+    from vmap_ensemble.archive.manifest import Manifest, hash_file
+    from vmap_ensemble.core.members import Member
 
     (folder / "members").mkdir(parents=True)
     rows = []

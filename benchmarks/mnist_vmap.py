@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.vmap_comparison import Subject, build_parser, run_comparison
+from benchmarks.measuring.vmap_comparison import Subject, build_parser, run_comparison
 from training.mnist_data import normalise
-from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.models.mnist import MnistNet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

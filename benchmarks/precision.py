@@ -22,18 +22,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measure import Timing, describe_machine, measure_interleaved
-from benchmarks.networks import NETWORKS, build_members, stack_networks
-from training.evaluate import combine, find_members, score
+from benchmarks.measuring.measure import Timing, describe_machine, measure_interleaved
+from benchmarks.measuring.networks import NETWORKS, build_members, stack_networks
+from quality.scores import combine, score
+from training.evaluate import find_members
 from training.mnist import open_data, positive
 from training.mnist_data import DataError, Digits, normalise
-from vmap_ensemble.calibration import calibrate
-from vmap_ensemble.convolution import prepare
+from vmap_ensemble.archive.checkpoints import read_state_dict
+from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.members import StackedMembers, read_state_dict
-from vmap_ensemble.mnist_net import MnistNet
-from vmap_ensemble.quantised_forward import QuantisedForward
+from vmap_ensemble.execution.cpu.networks import prepare
+from vmap_ensemble.execution.int8.calibration import calibrate
+from vmap_ensemble.execution.int8.forward import QuantisedForward
+from vmap_ensemble.models.mnist import MnistNet
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_IMAGES, TEST_BATCH = 256, 200

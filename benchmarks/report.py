@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import FOLDER, ROOT, Result, Table, gpu_note, make_tables, read_results
+from benchmarks.reporting.results import FOLDER, ROOT, Result, Table, gpu_note, make_tables, read_results
 
 README, PLOT_FOLDER, PAGE = ROOT / "README.md", ROOT / "docs" / "plots", ROOT / "docs" / "benchmarks.html"
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print("README.md agrees with the results" if new == old else "README.md: run python -m benchmarks.report")
         return 0 if new == old else 1
-    from benchmarks.plots import draw_plots  # matplotlib, which a check doesn't need
+    from benchmarks.reporting.plots import draw_plots  # matplotlib, which a check doesn't need
 
     plots = draw_plots(results, PLOT_FOLDER)
     PAGE.write_text(make_page(results, plots), encoding="utf-8")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models import get_model, get_model_weights, list_models
 
-from benchmarks.vmap_comparison import Subject, build_parser, run_comparison
+from benchmarks.measuring.vmap_comparison import Subject, build_parser, run_comparison
 from vmap_ensemble.errors import EnsembleError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -24,9 +24,9 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms import functional as F
 
 from benchmarks.draw_sample_image import IMAGE_PATH
-from benchmarks.measure import describe_machine, describe_versions, measure_interleaved, write_json
-from vmap_ensemble.batch_rows import PixelNormaliser, allocate_rows
-from vmap_ensemble.images import decode_image
+from benchmarks.measuring.measure import describe_machine, describe_versions, measure_interleaved, write_json
+from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser, allocate_rows
+from vmap_ensemble.tasks.images.decoding import decode_image
 
 MARGINS = (None, 1, 2, 4)
 PIXELS = 200_000_000

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.forward_rivals import Call, Rivals
-from benchmarks.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
-from benchmarks.networks import NETWORKS, Network, build_members, to_tensor
-from vmap_ensemble.execution import ExecutionOptions, build_execution
-from vmap_ensemble.members import StackedMembers
+from benchmarks.measuring.measure import Timing, describe_machine, describe_versions, measure_interleaved, write_json
+from benchmarks.measuring.networks import NETWORKS, Network, build_members, to_tensor
+from benchmarks.measuring.rivals import Call, Rivals
+from vmap_ensemble.core.members import StackedMembers
+from vmap_ensemble.execution.build import build_execution
+from vmap_ensemble.execution.modes import ExecutionOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # relative to the loop's largest output

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.forward import Cell, measure_cells, report_differences
-from benchmarks.measure import describe_machine, describe_versions, write_json
-from benchmarks.networks import NETWORKS, Network, encoder_network, image_network
+from benchmarks.measuring.measure import describe_machine, describe_versions, write_json
+from benchmarks.measuring.networks import NETWORKS, Network, encoder_network, image_network
 
 MEMBERS, BATCH = 2, 1
 RIVALS = ["loop", "stock_vmap", "ours_auto"]

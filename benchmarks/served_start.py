@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from scripts.private_torchserve import ROOT, TorchServe
-from vmap_ensemble.runtime import seconds_since_process_start
+from vmap_ensemble.process.age import seconds_since_process_start
 
 WORKER_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch}\nmaxBatchDelay: 5\nresponseTimeout: 120\n"
 MANIFEST = {

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vmap_ensemble import kernel_library
+from vmap_ensemble.execution.cpu import kernel_library
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 LIBRARY = Path(__file__).resolve().parent.parent / "build" / "libpyt_fastertransformer.so"

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from fastertransformer.build import LIBRARY, BuildError, ensure_library
 from fastertransformer.modules import HEADS, convert_model
+from vmap_ensemble.encoders.traced.library import load_ft_library
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.ft_library import load_ft_library
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest difference of logits to the checkpoint in the same dtype, relative to the largest logit where that is above

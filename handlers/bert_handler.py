@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.members import StackedMembers
-from vmap_ensemble.requests import Options, Request, wrap_answers
-from vmap_ensemble.text_handler import TextEnsembleHandler
-from vmap_ensemble.text_mode import Target, TextExample
+from vmap_ensemble.serving.requests import Request, wrap_answers
+from vmap_ensemble.tasks.answers import Options
+from vmap_ensemble.tasks.text.mode import Target, TextExample
+from vmap_ensemble.tasks.text.task import TextEnsembleHandler
 
 if TYPE_CHECKING:
-    from vmap_ensemble.explanations import Explainer
+    from vmap_ensemble.tasks.text.explanations.explainer import Explainer
 
 
 class BertEnsembleHandler(TextEnsembleHandler):
@@ -29,7 +30,7 @@ class BertEnsembleHandler(TextEnsembleHandler):
 
     def join(self, model: Any, members: StackedMembers) -> EnsembleForward:
         """One vmapped forward that computes no padding, where the architecture permits."""
-        from vmap_ensemble.encoder import build_encoder_forward  # here: it imports transformers
+        from vmap_ensemble.encoders.build import build_encoder_forward  # here: it imports transformers
 
         forward = build_encoder_forward(model, members)
         if self.settings.captum_explanation and self.settings.embedding_name and self.mode.explains:
@@ -37,7 +38,7 @@ class BertEnsembleHandler(TextEnsembleHandler):
         return forward
 
     def _make_explainer(self, forward: Any) -> Explainer:
-        from vmap_ensemble.explanations import make_explainer  # here: it imports transformers
+        from vmap_ensemble.tasks.text.explanations.explainer import make_explainer  # here: it imports transformers
 
         return make_explainer(self.mode, forward, self.argument_names, self.pads["input_ids"])
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from vmap_ensemble.core.members import StackedMembers
+from vmap_ensemble.encoders.traced.forward import TracedForward
+from vmap_ensemble.encoders.traced.library import accepts_token_types, load_ft_library, load_traced
 from vmap_ensemble.errors import RequestError, SettingsError
-from vmap_ensemble.execution import Execution
-from vmap_ensemble.ft_library import accepts_token_types, load_ft_library, load_traced
-from vmap_ensemble.members import StackedMembers
-from vmap_ensemble.pretrained import PRETRAINED_FOLDER, read_config
-from vmap_ensemble.requests import Request
-from vmap_ensemble.settings import TracedSettings
-from vmap_ensemble.text_handler import TextEnsembleHandler
-from vmap_ensemble.traced_forward import TracedForward
+from vmap_ensemble.execution.modes import Execution
+from vmap_ensemble.models.transformers import PRETRAINED_FOLDER, read_config
+from vmap_ensemble.serving.requests import Request
+from vmap_ensemble.tasks.text.settings import TracedSettings
+from vmap_ensemble.tasks.text.task import TextEnsembleHandler
 
 TRACED_MODES = ("sequence_classification", "token_classification", "question_answering")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from PIL import Image
 from torch import Tensor
 
-from vmap_ensemble.batch_rows import PixelNormaliser
-from vmap_ensemble.image_handler import ImageEnsembleHandler
+from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser
+from vmap_ensemble.tasks.images.task import ImageEnsembleHandler
 
 # Mean and standard deviation of the training images, as PyTorch's example normalises them.
 NORMALISER = PixelNormaliser(mean=(0.1307,), deviation=(0.3081,))

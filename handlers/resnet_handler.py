@@ -11,9 +11,9 @@ from torchvision.models import get_model_weights, get_weight
 from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
-from vmap_ensemble.batch_rows import PixelNormaliser
 from vmap_ensemble.errors import SettingsError
-from vmap_ensemble.image_handler import ImageEnsembleHandler
+from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser
+from vmap_ensemble.tasks.images.task import ImageEnsembleHandler
 
 
 class ResNetHandler(ImageEnsembleHandler):

@@ -14,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import IdentityTransform
 
-from scripts.render_explanation import Card
+from scripts.explanation_cards import Card
 
 WIDTH_PX, MARGIN_PX, LINE_PX, DPI = 1000, 36, 36, 110
 INK, GREY, RULE = "#1a1a1a", "#6a6a6a", "#d5d5d5"

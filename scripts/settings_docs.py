@@ -12,17 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "handlers"))
+from pydantic import TypeAdapter
 
-from pydantic import TypeAdapter  # noqa: E402
+from vmap_ensemble.archive.settings import WORKER_KEYS, Settings, known_keys
+from vmap_ensemble.tasks.images.settings import VisionSettings
+from vmap_ensemble.tasks.text.settings import TextSettings, TracedSettings
 
-from vmap_ensemble import settings  # noqa: E402
-
-PAGE = ROOT / "docs" / "settings.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+# Heading on the generated page of settings -> class.
+DOCUMENTED: dict[str, type[Settings]] = {
+    "Every handler": Settings,
+    "Handlers of images": VisionSettings,
+    "Handlers of text": TextSettings,
+    "Handlers of traced text": TracedSettings,
+}
 HEAD = """# Settings
 
-Written by `python -m scripts.settings_docs` from `handlers/vmap_ensemble/settings.py`; don't edit it by hand.
+Written by `python -m scripts.settings_docs` from the settings classes; don't edit it by hand.
 
 A block of `setup_config.json` says what one archive serves. `./archive.sh` reads these keys itself:
 
@@ -56,7 +62,7 @@ def describe_type(schema: dict[str, Any]) -> str:
     return " ".join([words.get(kind, kind), ", ".join(limits)]).strip()
 
 
-def rows_of(kind: type[settings.Settings], known: set[str]) -> list[str]:
+def rows_of(kind: type[Settings], known: set[str]) -> list[str]:
     """One table row per key that is not in `known`."""
     properties = TypeAdapter(kind).json_schema()["properties"]
     rows = []
@@ -65,7 +71,7 @@ def rows_of(kind: type[settings.Settings], known: set[str]) -> list[str]:
             continue
         schema = properties[field.name]
         default = "" if schema.get("default") in (None, "") else f"`{schema['default']}`"
-        worker = "*worker* " if field.name in settings.WORKER_KEYS else ""
+        worker = "*worker* " if field.name in WORKER_KEYS else ""
         text = schema["description"].removeprefix("Worker key: ")
         rows.append(f"| `{field.name}` | {worker}{describe_type(schema)} | {default} | {text} |")
     return rows
@@ -75,10 +81,10 @@ def render() -> str:
     """The whole page."""
     parts = [HEAD]
     known: set[str] = set()
-    for title, kind in settings.DOCUMENTED.items():
+    for title, kind in DOCUMENTED.items():
         table = ["| key | values | default | what it says |", "| --- | --- | --- | --- |"]
         parts.append("\n".join([f"## {title}", "", *table, *rows_of(kind, known)]) + "\n")
-        known |= set(settings.known_keys(kind))
+        known |= set(known_keys(kind))
     return "\n".join(parts)
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from ts.context import Context, RequestProcessor
 
 from mnist_handler import MnistHandler
-from vmap_ensemble.checkpoints import find_ties
-from vmap_ensemble.members import Manifest, Member, hash_file
-from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.archive.manifest import Manifest, hash_file
+from vmap_ensemble.core.members import Member
+from vmap_ensemble.core.states import find_ties
+from vmap_ensemble.models.mnist import MnistNet
 
 
 def pytest_configure():
@@ -85,7 +86,7 @@ def encode(array, kind="PNG", **options):
 def ft_library():
     """The FasterTransformer library, built and loaded; tests that need it skip where there is no compiler."""
     from fastertransformer import build
-    from vmap_ensemble.ft_library import load_ft_library
+    from vmap_ensemble.encoders.traced.library import load_ft_library
 
     try:
         build.find_compiler()

@@ -28,7 +28,7 @@ from training.mnist_data import (
     normalise,
     resolve_folder,
 )
-from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.models.mnist import MnistNet
 
 MEMBER_DIR = REPOSITORY / "training" / "members" / "mnist"
 

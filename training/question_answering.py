@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from training.bert import BATCH_SIZE, DemoError, find_weights, fit, silence_transformers, unfreeze
 from training.mnist import positive
+from vmap_ensemble.archive.settings import parse_settings
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.question_answering import QuestionAnswering
-from vmap_ensemble.requests import Options
-from vmap_ensemble.settings import TextSettings, parse_settings
-from vmap_ensemble.text_mode import Window, pad_windows
+from vmap_ensemble.tasks.answers import Options
+from vmap_ensemble.tasks.text.mode import Window, pad_windows
+from vmap_ensemble.tasks.text.question_answering import QuestionAnswering
+from vmap_ensemble.tasks.text.settings import TextSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEMBER_DIR = REPOSITORY / "training" / "members" / "question_answering"

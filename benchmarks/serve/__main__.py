@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import describe_machine, describe_versions, write_json
+from benchmarks.measuring.measure import describe_machine, describe_versions, write_json
 from benchmarks.serve.archives import SUBJECTS, loop_probabilities, write_members
 from benchmarks.serve.load import make_plan, measure_memory, run_client, summarise_rounds
 from benchmarks.serve.rivals import RIVALS, Rival, Setting
 from scripts.private_torchserve import TorchServe
 from scripts.torchserve_process import ServerError
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.threads import cores_at_hand
+from vmap_ensemble.process.threads import cores_at_hand
 
 TOLERANCE = 1e-4  # absolute, of a probability
 # Share of the separately registered models' closed-loop rate at which the open loop arrives, where none is given.

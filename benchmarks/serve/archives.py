@@ -23,7 +23,7 @@ from archiver.build import build_archive
 from benchmarks.draw_sample_image import draw_landscape
 from benchmarks.serve.stock.resnet18 import Network
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.models.mnist import MnistNet
 
 ROOT = Path(__file__).resolve().parents[2]
 STOCK = Path(__file__).resolve().parent / "stock"

@@ -29,7 +29,7 @@ import torch
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 
-from benchmarks.measure import describe_machine, describe_versions, write_json
+from benchmarks.measuring.measure import describe_machine, describe_versions, write_json
 from benchmarks.serve.archives import (
     CLASSES,
     ROOT,
@@ -41,7 +41,7 @@ from benchmarks.serve.archives import (
     write_members,
 )
 from scripts.private_torchserve import add_archive
-from vmap_ensemble.measuring import PAUSE_S
+from vmap_ensemble.execution.timing import PAUSE_S
 
 TOLERANCE = 1e-4  # absolute, of a probability
 

@@ -23,7 +23,7 @@ class Tiny(nn.Module):
     def forward(self, x):
         return self.head(self.trunk(x).relu())
 """
-HANDLER = """from vmap_ensemble.base_handler import VmapEnsembleHandler
+HANDLER = """from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
 class TinyHandler(VmapEnsembleHandler):
     pass
 """

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from archiver import REPOSITORY, kernels, pack
 from tests.archive.conftest import HANDLER, Project, tiny_state
+from vmap_ensemble.archive.manifest import hash_file, load_members, read_manifest
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.kernel_library import INSTRUCTION_SETS, SOURCES, runs_kernels
-from vmap_ensemble.members import hash_file, load_members, read_manifest
+from vmap_ensemble.execution.cpu.kernel_library import INSTRUCTION_SETS, SOURCES, runs_kernels
 
 
 def test_the_archive_holds_what_the_handler_needs(project: Project, capsys) -> None:
@@ -57,7 +57,7 @@ def test_what_comes_out_is_what_went_in(project: Project) -> None:
 @pytest.mark.skipif(not runs_kernels(), reason="no kernels for this machine")
 def test_kernels_are_packed_for_each_instruction_set(project: Project) -> None:
     project.run("tiny")
-    folder = project.unpack() / "vmap_ensemble/kernels"
+    folder = project.unpack() / "vmap_ensemble/execution/cpu/kernels"
     packed = {target.file for target in INSTRUCTION_SETS.values()}
     assert {path.name for path in folder.iterdir()} == packed | {path.name for path in SOURCES.iterdir()}
     for file in packed:
@@ -72,7 +72,7 @@ def test_without_a_compiler_the_archive_says_what_it_lacks(project: Project, cap
     monkeypatch.setattr(kernels, "build_library", fail)
     assert project.run("tiny") == 0
     assert "without kernels of our own, so convolutions will be slower: no C++ compiler" in capsys.readouterr().out
-    assert not list((project.unpack() / "vmap_ensemble/kernels").glob("*.so"))
+    assert not list((project.unpack() / "vmap_ensemble/execution/cpu/kernels").glob("*.so"))
 
 
 def test_settings_are_flat_and_tell_no_path(project: Project) -> None:

@@ -9,10 +9,16 @@ from torch._inductor import cpp_builder, exc
 from ts.context import Context, RequestProcessor
 
 from tests.archive.conftest import HANDLER, MODEL, Project, tiny_state
-from vmap_ensemble.ahead_of_time import CompiledForward, CompiledMismatch, read_compiled, target_here, write_compiled
-from vmap_ensemble.base_handler import VmapEnsembleHandler
+from vmap_ensemble.archive.manifest import load_members
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.members import load_members
+from vmap_ensemble.execution.compiled.packages import (
+    CompiledForward,
+    CompiledMismatch,
+    read_compiled,
+    target_here,
+    write_compiled,
+)
+from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -72,7 +78,7 @@ def test_the_archive_serves_its_native_code(unpacked):
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_auto_measures_it_as_a_candidate(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr("vmap_ensemble.loading.CACHE", tmp_path)
+    monkeypatch.setattr("vmap_ensemble.ensemble.CACHE", tmp_path)
     candidates = {candidate.name: candidate for candidate in serve(unpacked).execution.candidates}
     assert candidates["compiled"].latency_ms
     assert candidates["compiled"].refused is None
@@ -102,9 +108,11 @@ def test_code_for_something_else_is_refused(unpacked, name):
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_under_auto_a_mismatch_is_a_reason_and_is_counted(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr("vmap_ensemble.loading.CACHE", tmp_path)
+    monkeypatch.setattr("vmap_ensemble.ensemble.CACHE", tmp_path)
     recorded = []
-    monkeypatch.setattr("vmap_ensemble.metrics.Metrics.record", lambda self, *row: recorded.append(row))
+    monkeypatch.setattr(
+        "vmap_ensemble.frontends.torchserve.metrics.Metrics.record", lambda self, *row: recorded.append(row)
+    )
     retarget(unpacked, torch="1.0")
     handler = serve(unpacked)
     (candidate,) = [c for c in handler.execution.candidates if c.name == "compiled"]

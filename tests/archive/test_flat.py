@@ -12,8 +12,8 @@ from archiver.flat import read_flat
 from bert_handler import BertEnsembleHandler
 from tests.archive.conftest import Project
 from tests.archive.test_text_archives import Doubled, save_member
+from vmap_ensemble.archive.manifest import read_manifest
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.members import read_manifest
 
 # Keys and kinds of values as the example's file, its documentation and its users have them.
 EXAMPLE: dict[str, Any] = {

@@ -12,9 +12,9 @@ import torch
 from archiver import REPOSITORY
 from mnist_handler import MnistHandler
 from tests.archive.conftest import Project
+from vmap_ensemble.archive.precision import read_precision
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.mnist_net import MnistNet
-from vmap_ensemble.precision import read_precision
+from vmap_ensemble.models.mnist import MnistNet
 
 DIGITS = REPOSITORY / "data" / "digits"
 

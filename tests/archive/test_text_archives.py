@@ -17,16 +17,16 @@ from archiver import traced
 from archiver.pretrained import adapt_state
 from archiver.resolve import resolve_members
 from tests.archive.conftest import Project
-from vmap_ensemble.architecture import build_architecture
-from vmap_ensemble.checkpoints import tied_groups
+from vmap_ensemble.archive.manifest import check_hashes, hash_file, load_members, read_manifest
+from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.states import tied_groups
 from vmap_ensemble.errors import ArchiveError, SettingsError
-from vmap_ensemble.forward import EnsembleForward
-from vmap_ensemble.members import check_hashes, hash_file, load_members, read_manifest
-from vmap_ensemble.pretrained import MODES
+from vmap_ensemble.models.architecture import build_architecture
+from vmap_ensemble.models.transformers import MODES
 
 # Modes and files are under test here, not the answers of the BERT handler: its settings would do as well.
-HANDLER = """from vmap_ensemble.base_handler import VmapEnsembleHandler
-from vmap_ensemble.settings import TextSettings
+HANDLER = """from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
+from vmap_ensemble.tasks.text.settings import TextSettings
 class TinyTextHandler(VmapEnsembleHandler):
     settings_class = TextSettings
     @property
@@ -55,9 +55,9 @@ def save_tokenizer(folder: Path, words: list[str] = WORDS, lowercase: bool = Tru
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, mask_token="[MASK]", **special
-    ).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", **special).save_pretrained(
+        folder
+    )
 
 
 def save_member(

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 
 from archiver.__main__ import main as archive
 from fastertransformer.trace import trace_checkpoint
-from tests.server.torchserve import ROOT, TorchServe
-from tests.unit.test_bert_handler import CONFIGS, random_members, save_tokenizer
+from scripts.private_torchserve import ROOT, TorchServe
+from tests.unit.tasks.text.test_encoder_task import CONFIGS, random_members, save_tokenizer
 
 TEXTS = ["a great movie", "bad", "sarah lives in new york . great bad movie", "what is it ?"]
 QUESTIONS = [

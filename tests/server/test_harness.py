@@ -11,9 +11,9 @@ import grpc
 import psutil
 import pytest
 
+from scripts.private_torchserve import ROOT, TorchServe
 from scripts.torchserve_process import ServerError, busy_ports, is_running, stop
 from tests.server.grpc_client import predict_grpc
-from tests.server.torchserve import ROOT, TorchServe
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
-from tests.server.torchserve import ROOT, free_ports
+from scripts.private_torchserve import ROOT, free_ports
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from archiver.__main__ import main as archive
+from scripts.private_torchserve import TorchServe
 from tests.server.grpc_client import predict_grpc
-from tests.server.torchserve import TorchServe
-from vmap_ensemble.mnist_net import MnistNet
+from vmap_ensemble.models.mnist import MnistNet
 
 NAMES = ("red", "green", "blue")
 MODEL = "ens"

@@ -1,0 +1,178 @@
+"""Members and a batch -> calls without arguments, one for each way to run the ensemble."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring.measure import make_session
+from benchmarks.measuring.networks import Args, Network, parameter_bytes, stack_networks, to_tensor
+from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.execution.build import build_execution
+from vmap_ensemble.execution.compiled.native_code import why_not, write_native_code
+from vmap_ensemble.execution.compiled.packages import CompiledForward
+from vmap_ensemble.execution.modes import ExecutionOptions
+
+Call = Callable[[], Tensor]
+# Weights of all members in one ONNX file: a protobuf holds 2 GiB.
+GRAPH_LIMIT_BYTES = 1.8 * 2**30
+
+
+class Unrolled(nn.Module):
+    """The loop over members as one module, for compilers and exporters."""
+
+    def __init__(self, networks: list[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """(B, ...) -> (M, B, ...)."""
+        return torch.stack([to_tensor(network(*args)) for network in self.networks])
+
+
+class Rivals:
+    """The ways to run one ensemble on one batch; each public method builds a call.
+
+    Args:
+        network: what the members are.
+        networks: the members.
+        args: one batch.
+        folder: scratch.
+    """
+
+    def __init__(self, network: Network, networks: list[nn.Module], args: Args, folder: Path) -> None:
+        self.network, self.networks, self.args, self.folder = network, networks, args, folder
+        self.members = stack_networks(networks)
+        self.notes: dict[str, str] = {}
+
+    def loop(self) -> Call:
+        """The members one after another, eagerly."""
+        unrolled = Unrolled(self.networks).eval()
+        return lambda: unrolled(*self.args)
+
+    def loop_compiled(self) -> Call:
+        """Frozen: weights become constants, which Inductor folds and prepacks."""
+        import torch._inductor.config as inductor
+
+        unrolled = Unrolled(copy.deepcopy(self.networks)).eval()
+        with inductor.patch(freezing=True):
+            compiled = torch.compile(unrolled, dynamic=False)
+            compiled(*self.args)
+        return lambda: compiled(*self.args)
+
+    def onnxruntime_per_member(self) -> Call:
+        """One ONNX Runtime session per member."""
+        sessions = [self._session([network], f"member{i}") for i, network in enumerate(self.networks)]
+        feed = self._feed()
+        return lambda: torch.cat([torch.from_numpy(session.run(None, feed)[0]) for session in sessions])
+
+    def onnxruntime_one_graph(self) -> Call:
+        """One ONNX Runtime session with all members."""
+        session = self._session(self.networks, "all")
+        feed = self._feed()
+        return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+    def _feed(self) -> dict[str, Any]:
+        return {f"x{index}": tensor.numpy() for index, tensor in enumerate(self.args)}
+
+    def _refuse_gpu(self) -> None:
+        if self.args[0].is_cuda:
+            raise EnsembleError("compared on a CPU only")
+
+    def _session(self, networks: list[nn.Module], name: str) -> Any:
+        return make_session(self._export(networks, name), torch.get_num_threads())
+
+    def _export(self, networks: list[nn.Module], name: str) -> str:
+        self._refuse_gpu()
+        size = sum(map(parameter_bytes, networks))
+        if size > GRAPH_LIMIT_BYTES:
+            raise EnsembleError(f"{size / 2**30:.1f} GiB of weights don't fit one ONNX file")
+        path = self.folder / f"{name}.onnx"
+        if not path.exists():
+            names = [f"x{index}" for index in range(len(self.args))]
+            with warnings.catch_warnings():  # of the exporter's own making, thousands of lines
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    Unrolled(networks).eval(), self.args, str(path), input_names=names, dynamo=True, verbose=False
+                )
+        return str(path)
+
+    def openvino(self) -> Call:
+        """One OpenVINO graph with all members."""
+        import openvino
+
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            # Without it bfloat16 is used where the CPU has it, which isn't the same work.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        model = openvino.Core().compile_model(self._export(self.networks, "all"), "CPU", settings)
+        request = model.create_infer_request()
+        feed = list(self._feed().values())
+        return lambda: torch.from_numpy(request.infer(feed)[0].copy())
+
+    def stock_vmap(self) -> Call:
+        """torch.func.vmap as it comes."""
+        forward = self.network.stock(self.network.build(), self.members)
+        return lambda: to_tensor(forward(*self.args))
+
+    def ours_eager(self) -> Call:
+        """Mode `eager`: one vmapped call with our rules."""
+        return self._ours("eager")
+
+    def ours_prepared(self) -> Call:
+        """Mode `prepared`."""
+        return self._ours("prepared")
+
+    def ours_compiled(self) -> Call:
+        """Mode `compiled`, compiled at load."""
+        return self._ours("compiled")
+
+    def ours_ahead_of_time(self) -> Call:
+        """Mode `compiled` on native code as `./archive.sh --compile` packs it, for batches of 1 and of 2 to B."""
+        forward = self.network.join(self.network.build(), self.members)
+        reason = why_not(forward, self.args) or ("compiled on a CPU only" if self.args[0].is_cuda else None)
+        if reason:
+            raise EnsembleError(f"no native code: {reason}")
+        root = self.folder / "archive"
+        root.mkdir(exist_ok=True)
+        write_native_code(forward, self.args[0], len(self.args[0]), root)
+        packed = CompiledForward(root, forward.members, self.args[0].shape[1:])
+        return self._ours("compiled", "ours_ahead_of_time", ExecutionOptions(packed=lambda: packed))
+
+    def ours_cudagraph(self) -> Call:
+        """Mode `cudagraph`."""
+        return self._ours("cudagraph")
+
+    def ours_auto(self) -> Call:
+        """Mode `auto`, what an archive serves by default."""
+        return self._ours("auto")
+
+    def _ours(self, mode: str, name: str = "", options: ExecutionOptions | None = None) -> Call:
+        forward = self.network.join(self.network.build(), self.members)
+        execution = build_execution(mode, forward, [self.args], options or ExecutionOptions())
+        self.notes[name or f"ours_{mode}"] = f"{execution.name}: {execution.reason}"
+        return lambda: to_tensor(execution(*self.args))
+
+
+RIVALS = (
+    "loop",
+    "loop_compiled",
+    "onnxruntime_per_member",
+    "onnxruntime_one_graph",
+    "openvino",
+    "stock_vmap",
+    "ours_eager",
+    "ours_prepared",
+    "ours_compiled",
+    "ours_ahead_of_time",
+    "ours_cudagraph",
+    "ours_auto",
+)

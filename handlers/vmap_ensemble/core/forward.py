@@ -1,0 +1,167 @@
+"""Turns stacked members and one model skeleton into ONE vmapped forward, and the plain loop it must equal.
+
+    y[m] = f(theta_m, x)  for every member m, in one call:
+    vmap(f, in_dims=(0, None))(stacked theta, x)            -> every output tensor is (M, B, ...)
+
+Tensors that all members share are passed unbatched, so vmap computes what depends on them alone once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+
+from vmap_ensemble.errors import LoadError
+
+if TYPE_CHECKING:
+    from vmap_ensemble.core.members import StackedMembers
+
+
+class EnsembleForward:
+    """The forward of all members on one batch, as a single call of torch.func.vmap.
+
+    Args:
+        model: The architecture in eval mode. Its own parameters are dropped (moved to the meta device):
+            the members' are used. Buffers outside the state dict stay and are moved to the members' device.
+        members: M state dicts, stacked: `stacked` holds (M, ...) tensors, `shared` holds tensors (...).
+        rules: Makes the context in which the model's code runs inside vmap, for batching rules that are
+            faster than the stock ones; none by default.
+
+    Raises:
+        LoadError: The model is in training mode, or neither `stacked` nor `shared` fills one of its tensors.
+
+    Example:
+        >>> forward = EnsembleForward(model.eval(), members)
+        >>> y = forward(torch.rand(8, 1, 28, 28))
+        >>> assert y.shape == (len(members.names), 8, 10)
+    """
+
+    # Largest relative difference between the ways to run it; None: that of the output's dtype (proof.py).
+    tolerance: float | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        members: StackedMembers,
+        rules: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        training = [name or "(root)" for name, module in model.named_modules() if module.training]
+        if training:
+            raise LoadError(f"expected a model in eval mode, got training mode in {training[0]}; call .eval()")
+        self.model, self.members, self.rules = model, members, rules
+        # vmap wraps every dict entry anew, so a tied key would no longer be the tensor that it is tied to:
+        # one entry per tensor goes in, and the ties are joined inside.
+        self._own = {key: tensor for key, tensor in members.stacked.items() if key not in members.ties}
+        _drop_own_tensors(model, members)
+        # vmap wants at least one batched argument, which N equal members don't have.
+        self._index = torch.arange(len(members.names), device=members.device)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run every member on the same arguments in one vmapped call.
+
+        Args:
+            args: What the model's forward takes; tensors (B, ...), shared by all members.
+
+        Returns:
+            The model's output structure; each tensor (M, B, ...), member-major.
+        """
+        in_dims = (0, 0, None, *(None for _ in args))
+        with self.rules():
+            return vmap(self._member, in_dims=in_dims, randomness="error")(
+                self._index, self._own, self.members.shared, *args
+            )
+
+    def _member(self, _index: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor], *args: Any) -> Any:
+        return functional_call(self.model, self._join_ties({**shared, **own}), args)
+
+    def member_state(self, index: int) -> dict[str, Tensor]:
+        """The state dict of one member: views of the stack, nothing is copied."""
+        own = {key: tensor[index] for key, tensor in self._own.items()}
+        return self._join_ties({**self.members.shared, **own})
+
+    def _join_ties(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**tensors, **{key: tensors[kept] for key, kept in self.members.ties.items()}}
+
+    def member(self, index: int, *args: Any) -> Any:
+        """Run one member alone, without vmap and without special rules: outputs (B, ...)."""
+        return functional_call(self.model, self.member_state(index), args)
+
+    def part(self, start: int, stop: int) -> EnsembleForward:
+        """The vmapped forward of the members from `start` to `stop`, exclusive: views, nothing is copied."""
+        part = copy.copy(self)
+        stacked = {key: tensor[start:stop] for key, tensor in self._own.items()}
+        stacked.update({key: stacked[kept] for key, kept in self.members.ties.items() if kept in stacked})
+        part.members = dataclasses.replace(
+            self.members,
+            names=self.members.names[start:stop],
+            stacked=stacked,
+            members=self.members.members[start:stop],
+        )
+        part._own = {key: tensor for key, tensor in stacked.items() if key not in self.members.ties}
+        part._index = self._index[start:stop]
+        return part
+
+    def prepared(self, example: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """A preparation of its own for execution `prepared`, a callable like this one; here none.
+
+        Args:
+            example: Arguments of the kind that will be served.
+        """
+        return None
+
+    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
+        """The part of an output that must equal the members' own; here all of it.
+
+        Args:
+            outputs: Of `__call__` (batch_axis 1) or `member` (batch_axis 0).
+            args: What they were called with.
+            batch_axis: The axis of B in the outputs.
+        """
+        return outputs
+
+    def loop(self, *args: Any) -> Any:
+        """Run the members one after another: the reference that `__call__` must equal; (M, B, ...)."""
+        outputs = [self.member(index, *args) for index in range(len(self.members.names))]
+        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+
+
+def _float_dtype_of(members: StackedMembers) -> torch.dtype | None:
+    return next((tensor.dtype for tensor in members.tensors() if tensor.is_floating_point()), None)
+
+
+def _drop_own_tensors(model: nn.Module, members: StackedMembers) -> None:
+    """Replace what the members fill by meta tensors (ties kept); what they don't goes to their device and dtype."""
+    filled = set(members.stacked) | set(members.shared)
+    device, dtype = members.device, _float_dtype_of(members)
+    replaced: dict[int, nn.Parameter | Tensor] = {}
+    by_id: dict[int, list[str]] = {}
+    for name, tensor in _named_tensors(model):
+        by_id.setdefault(id(tensor), []).append(name)
+    for name, tensor in list(_named_tensors(model)):
+        owner_name, _, key = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if not filled.intersection(by_id[id(tensor)]):
+            if is_parameter or key not in owner._non_persistent_buffers_set:
+                raise LoadError(f"no member holds '{name}', which the architecture has; check the checkpoints")
+            owner._buffers[key] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            continue
+        if id(tensor) not in replaced:
+            empty = torch.empty_like(tensor, device="meta")
+            replaced[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        (owner._parameters if is_parameter else owner._buffers)[key] = replaced[id(tensor)]  # type: ignore[assignment]
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]

@@ -1,0 +1,234 @@
+"""Turns a Hugging Face encoder and its stacked members into one vmapped forward, without padding where it can.
+
+(B, S) ids and mask -> (1, T) ids and positions, T real tokens -> encoder -> (1, T, H) -> head -> (M, B, ...)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.members import StackedMembers
+from vmap_ensemble.encoders.attention import ATTENTION, packed
+from vmap_ensemble.encoders.batching_rules import FastRules
+from vmap_ensemble.encoders.packing import Packing, pack, take_first, unpack
+from vmap_ensemble.errors import LoadError
+from vmap_ensemble.execution.cpu.onednn import prepack
+
+logger = logging.getLogger(__name__)
+
+Positions = Callable[[Tensor, int], Tensor]
+
+
+def count_columns(input_ids: Tensor, _padding_id: int) -> Tensor:
+    """Position ids of BERT: the column. (B, S) -> (B, S)."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
+def count_real_tokens(input_ids: Tensor, padding_id: int) -> Tensor:
+    """Position ids of RoBERTa: counted over what isn't the padding token, from padding_id + 1. (B, S) -> (B, S)."""
+    real = input_ids.ne(padding_id)
+    return real.cumsum(1) * real + padding_id
+
+
+# Encoders that ask the AttentionInterface and take position_ids; the others are padded to the longest text.
+POSITIONS: dict[str, Positions] = {
+    "bert": count_columns,
+    "distilbert": count_columns,
+    "electra": count_columns,
+    "roberta": count_real_tokens,
+    "xlm-roberta": count_real_tokens,
+    "camembert": count_real_tokens,
+}
+_FIRST_TOKEN_HEADS = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+_TOKEN_HEADS = frozenset(
+    name
+    for mapping in (
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+    for name in mapping.values()
+)
+
+
+class EncoderForward(EnsembleForward):
+    """The vmapped forward of a Hugging Face encoder, cut to the longest text of the batch.
+
+    Arguments of a call: input_ids (B, S), attention_mask (B, S), token_type_ids (B, S) or None. Outputs as the
+    model's own, each tensor (M, B, ...); those per token may be shorter than S. `loop` is the plain loop over S.
+    """
+
+    model: PreTrainedModel
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Run every member on one batch of texts in one vmapped call; see the class."""
+        width = int(attention_mask.bool().any(0).nonzero().max()) + 1
+        types = None if token_type_ids is None else token_type_ids[:, :width]
+        return self._run(input_ids[:, :width], attention_mask[:, :width], types, None)
+
+    def _run(self, *inputs: Tensor | None) -> Any:
+        in_dims = (0, 0, None, *(None for _ in inputs))
+        with self.rules():
+            return vmap(self._member, in_dims=in_dims)(self._index, self._own, self.members.shared, *inputs)
+
+    # vmap maps positional arguments only, and each architecture orders its own differently: they get names here.
+    def _member(self, _index: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor], *inputs: Any) -> Any:
+        keywords = _name_inputs(*inputs)
+        return functional_call(self.model, self._join_ties({**shared, **own}), (), keywords)
+
+    def member(self, index: int, *inputs: Any) -> Any:
+        """Run one member alone, as Hugging Face does: padded, without vmap; outputs (B, ...)."""
+        return functional_call(self.model, self.member_state(index), (), _name_inputs(*inputs))
+
+    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
+        """Outputs up to the longest text, zero at padding, of which nobody asks anything."""
+        mask = args[1].bool()
+        longest = int(mask.any(0).nonzero().max()) + 1
+        sizes = (mask.shape[1], longest)
+
+        def clear(tensor: Tensor) -> Tensor:
+            per_token = tensor.dim() > batch_axis + 1 and tensor.shape[batch_axis] == len(mask)
+            if not per_token or tensor.shape[batch_axis + 1] not in sizes:
+                return tensor
+            rest = tensor.dim() - batch_axis - 2
+            real = mask[:, :longest].reshape(len(mask), longest, *[1] * rest)
+            return torch.where(real, tensor.narrow(batch_axis + 1, 0, longest), 0.0)
+
+        return pytree.tree_map(clear, outputs)
+
+
+class PackedEncoderForward(EncoderForward):
+    """The vmapped forward of a Hugging Face encoder that computes no padding.
+
+    Called like `EncoderForward`; outputs per token are (M, B, S, ...), zero at padding.
+
+    Args:
+        model: An encoder with any head, in eval mode; its attention implementation is replaced.
+        members: Its stacked members.
+        rules: As for `EnsembleForward`.
+
+    Raises:
+        LoadError: The architecture isn't one of `POSITIONS`, or its base model has no encoder.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        members: StackedMembers,
+        rules: Callable[[], AbstractContextManager[Any]] = FastRules,
+    ) -> None:
+        super().__init__(model, members, rules)
+        kind = model.config.model_type
+        if kind not in POSITIONS:
+            raise LoadError(f"padding of '{kind}' can't be removed; expected one of {', '.join(POSITIONS)}")
+        self._count_positions = POSITIONS[kind]
+        self._padding_id = int(model.config.pad_token_id or 0)
+        self._encoder = find_encoder(model)
+        self._per_token = type(model).__name__ in _TOKEN_HEADS
+        self._first_only = type(model).__name__ in _FIRST_TOKEN_HEADS
+        model.set_attn_implementation(ATTENTION)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Run every member on one batch of texts in one vmapped call; see the class."""
+        packing = pack(attention_mask)
+        ids, types, places = self.pack_rows(packing, input_ids, token_type_ids)
+        with packed(packing), self._unpacking(packing):
+            outputs = self._run(ids, None, types, places)
+        return self.unpack_outputs(outputs, packing)
+
+    def pack_rows(
+        self, packing: Packing, input_ids: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Ids, token types and position ids of the real tokens: (B, S) each -> (1, T)."""
+        positions = self._count_positions(input_ids, self._padding_id)
+        ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
+        types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
+        return ids, types, places
+
+    @property
+    def longest(self) -> int:
+        """The longest text in tokens that every architecture of `POSITIONS` has positions for."""
+        return int(self.model.config.max_position_embeddings) - self._padding_id - 1
+
+    def packed_weights(self, weight: Tensor) -> list[Tensor]:
+        """Matrices of (M, out, in) or (out, in) weights in oneDNN's order; the rules' own where they have them."""
+        rules = self.rules()
+        kept = rules.prepacked(weight, 1, needs_grad=False) if isinstance(rules, FastRules) else None
+        return prepack(weight) if kept is None else kept
+
+    def run_state(
+        self, state: dict[str, Tensor], packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor
+    ) -> Any:
+        """Run a member's state dict on what `pack_rows` gives; outputs per token stay packed."""
+        with packed(packing), self._unpacking(packing):
+            return functional_call(self.model, state, (), _name_inputs(ids, None, types, places))
+
+    def unpack_outputs(self, outputs: Any, packing: Packing) -> Any:
+        """Outputs per token of a packed row, (M, 1, T, ...) -> (M, B, S, ...); others stay as they are."""
+        if not self._per_token:
+            return outputs
+        return pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
+
+    def prepared(self, example: tuple[Any, ...]) -> Callable[..., Any]:
+        """This forward as a flat graph on packed weights."""
+        from vmap_ensemble.encoders.prepared import PreparedEncoder
+
+        return PreparedEncoder(self, example)
+
+    @contextmanager
+    def _unpacking(self, packing: Packing) -> Iterator[None]:
+        """Within it the encoder hands its head what the head expects: a batch."""
+        if self._per_token:
+            yield  # such a head treats every token alike, so it runs on the packed row
+            return
+        turn = take_first if self._first_only else unpack
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            output.last_hidden_state = turn(output.last_hidden_state, packing)
+            return output
+
+        handle = self._encoder.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _name_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> dict[str, Tensor]:
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+    }
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+
+def find_encoder(model: PreTrainedModel) -> nn.Module:
+    """The submodule that holds the base model's layers.
+
+    Raises:
+        LoadError: There is none.
+    """
+    for name in ("encoder", "transformer"):
+        encoder = getattr(model.base_model, name, None)
+        if isinstance(encoder, nn.Module):
+            return encoder
+    where = f"'encoder' or 'transformer' in its {type(model.base_model).__name__}"
+    raise LoadError(f"{type(model).__name__}: expected the layers under {where}, found neither")

@@ -1,0 +1,1 @@
+"""Traced FasterTransformer (EFFT) modules and their library."""

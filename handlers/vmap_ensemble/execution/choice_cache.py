@@ -1,0 +1,124 @@
+"""Turns a measured choice of how to run a forward into a JSON file, and the file into the next start's choice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmap_ensemble.execution.cpu.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+# A choice measured while the machine was busy is measured once more; a machine that always is must not pay
+# for it at every start.
+MOST_MEASUREMENTS = 2
+# Of measuring: choices of an older method are measured anew.
+METHOD = 2
+
+
+@dataclass
+class Candidate:
+    """One way to run the forward, and what was found about it.
+
+    Attributes:
+        name: The mode.
+        latency_ms: Median reading per example, in the order of the examples; ends at the one on which it was
+            far slower than the loop; empty if it wasn't measured.
+        difference: Largest relative difference to the members' own forwards.
+        refused: Why it can't serve; None if it can.
+    """
+
+    name: str
+    latency_ms: list[float] = field(default_factory=list)
+    difference: float | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and why, and in which order `prepared` then computes the members."""
+
+    name: str
+    reason: str
+    candidates: list[Candidate]
+    schedule: Schedule | None = None
+
+
+class ChoiceCache:
+    """The choice of an earlier start for the same members, sizes, device, versions and threads.
+
+    Args:
+        folder: Where the file lies.
+        archive: What the choice is for: a hash of the members.
+        examples: Argument tuples of the sizes that are served.
+        device: Where the members are.
+        kernels: The library of our own that a candidate runs on, if one does: another may be faster.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        archive: str,
+        examples: Sequence[tuple[Any, ...]],
+        device: torch.device,
+        kernels: str | None,
+    ) -> None:
+        self.key = {
+            "method": METHOD,
+            "archive": archive,
+            "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),
+            "torch": torch.__version__,
+            "kernels": kernels,
+            "threads": torch.get_num_threads(),
+        }
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = Path(folder) / f"execution-{digest}.json"
+        self._measurements = 0
+
+    def read(self) -> Choice | None:
+        """The stored choice; None if there is none for exactly this key, or it has to be measured once more."""
+        try:
+            stored = json.loads(self.path.read_text())
+            if stored["key"] != self.key:
+                return None
+            self._measurements = int(stored["measurements"])
+            if not stored["settled"] and self._measurements < MOST_MEASUREMENTS:
+                logger.info("the machine was busy when the stored choice was measured: measuring once more")
+                return None
+            candidates = [Candidate(**row) for row in stored["candidates"]]
+            schedule = Schedule(**stored["schedule"]) if stored["schedule"] else None
+            return Choice(str(stored["name"]), str(stored["reason"]), candidates, schedule)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the stored choice %s can't be read, measuring again: %s", self.path.name, error)
+            return None
+
+    def write(self, choice: Choice, settled: bool) -> None:
+        """Store the choice; a folder that can't be written to costs the next start its time, no more.
+
+        Args:
+            choice: What was measured.
+            settled: Whether the readings agreed; otherwise the next start measures once more.
+        """
+        measured = {"settled": settled, "measurements": self._measurements + 1}
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"key": self.key, **measured, **asdict(choice)}, indent=1))
+            os.replace(temporary, self.path)
+        except OSError as error:
+            logger.warning("the choice can't be stored in %s: %s", self.path.name, error)
+
+
+def _cpu_capability() -> str:
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,1 @@
+"""The forward as native code."""

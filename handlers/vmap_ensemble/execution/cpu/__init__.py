@@ -1,0 +1,1 @@
+"""The forward on weights packed for a CPU, by oneDNN and by kernels of our own."""

@@ -1,0 +1,1 @@
+"""The forward in 8 bits, on a CPU."""

@@ -1,0 +1,58 @@
+"""Turns a callable and its arguments into the seconds that a call takes, as a server makes them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vmap_ensemble.errors import LoadError, first_line
+from vmap_ensemble.execution.chunking import is_out_of_memory
+
+Run = Callable[..., Any]
+Args = tuple[Any, ...]
+PAUSE_S = 0.02
+BLOCK_S = 0.02  # of counted calls in a block, at least one
+MOST_CALLS = 50
+# From here on a call outweighs what ran before it: a block is one call, and none is thrown away.
+LONG_S = 0.1
+
+
+def time_call(run: Run, args: Args) -> tuple[Any, float]:
+    """What the run gives, and the seconds that it takes.
+
+    Raises:
+        LoadError: There is not enough memory for it.
+    """
+    on_gpu = any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    try:
+        outputs = run(*args)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise LoadError(f"ran out of memory on a batch: {first_line(error)}") from error
+        raise
+    if on_gpu:
+        torch.cuda.synchronize()
+    return outputs, time.perf_counter() - started
+
+
+def time_block(run: Run, args: Args, about_s: float) -> float:
+    """Seconds of a call: the median of a block, after a pause and a call that isn't counted.
+
+    Args:
+        run: What is measured.
+        args: Its arguments.
+        about_s: What a call is known to take, about; long calls are measured once.
+    """
+    if about_s >= LONG_S:
+        return time_call(run, args)[1]
+    time.sleep(PAUSE_S)
+    first_s = time_call(run, args)[1]
+    calls = min(MOST_CALLS, max(1, round(BLOCK_S / max(first_s, 1e-6))))
+    return statistics.median(time_call(run, args)[1] for _ in range(calls))

@@ -1,0 +1,1 @@
+"""TorchServe: the only folder that imports it."""

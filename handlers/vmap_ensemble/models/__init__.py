@@ -1,0 +1,1 @@
+"""Names of architectures and the modules that they stand for."""

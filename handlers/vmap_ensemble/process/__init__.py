@@ -1,0 +1,1 @@
+"""This process: its device, memory, threads and cache folder."""

@@ -1,0 +1,40 @@
+"""Turns names of devices and dtypes, and a number of threads, into what this process computes with."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vmap_ensemble.process.memory import keep_freed_memory
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def configure_torch(threads: int, float32_matmul_precision: str) -> None:
+    """Set torch's threads and float32 precision for this process, and let it keep the memory that it frees.
+
+    Args:
+        threads: Of torch's operators.
+        float32_matmul_precision: `highest`, or `high` or `medium`, which admit TF32 in products and convolutions.
+    """
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    # TorchServe's base handler turns TF32 on at import on Ampere and later; the settings decide here.
+    torch.set_float32_matmul_precision(float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"
+
+
+def choose_device(name: str | None, gpu_id: int | None = None) -> torch.device:
+    """The device of a name; without one the GPU of this number, where there is a GPU, or else the CPU."""
+    default = f"cuda:{gpu_id}" if torch.cuda.is_available() and gpu_id is not None else "cpu"
+    return torch.device(name or default)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name (`fp32`, `fp16`, `bf16`), with a warning where the device has no kernels for it."""
+    if name == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        logger.warning("this CPU has no float16 kernels: fp16 is far slower here than fp32; see docs/precision.md")
+    return DTYPES[name]

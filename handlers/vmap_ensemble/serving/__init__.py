@@ -1,0 +1,1 @@
+"""Requests in, replies out, each on its own; no server's library."""

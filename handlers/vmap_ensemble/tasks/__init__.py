@@ -1,0 +1,1 @@
+"""What is asked of a model: items become examples, outputs become answers."""

@@ -1,0 +1,1 @@
+"""Texts: labels, entities, answers, masks, embeddings."""

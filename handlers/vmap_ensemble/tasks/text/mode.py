@@ -1,0 +1,247 @@
+"""Turns texts into padded batches for an encoder; what all text modes have in common.
+
+A mode is a class of its own: it reads an item, says how it becomes token windows, and turns the members'
+outputs into answers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmap_ensemble.core.aggregate import summands
+from vmap_ensemble.errors import RequestError
+from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.text.inputs import TextInput
+from vmap_ensemble.tasks.text.settings import TextSettings
+
+
+@dataclass(frozen=True)
+class Window:
+    """One sequence of tokens.
+
+    Attributes:
+        arrays: Model input name -> ids of one sequence without padding.
+        offsets: Per token, the characters (start, end) it stands for in its own text.
+        sequence_ids: Per token 0 for the first text, 1 for the second, None for special tokens.
+        word_ids: Per token the number of its word, None for special tokens.
+    """
+
+    arrays: dict[str, list[int]]
+    offsets: list[tuple[int, int]]
+    sequence_ids: list[int | None]
+    word_ids: list[int | None]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One item: what was read, and the windows of it; several only for a long context."""
+
+    text: TextInput
+    windows: list[Window] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that an answer says of a text and that can be explained.
+
+    Attributes:
+        row: What an explanation says of it, such as its label.
+        score: Outputs of one member, tensors (K, ...), to the (K,) numbers that the ensemble adds up.
+        window: The number of the window that it was found in.
+    """
+
+    row: dict[str, Any]
+    score: Callable[[Any], Tensor]
+    window: int = 0
+
+
+class TextMode(ABC):
+    """One thing that may be asked of a text.
+
+    Args:
+        settings: The archive's settings.
+        tokenizer: A fast tokenizer of transformers.
+        labels: Class number -> label.
+        names: The members, in the order of the stack.
+    """
+
+    def __init__(self, settings: TextSettings, tokenizer: Any, labels: dict[int, str], names: Sequence[str]) -> None:
+        self.settings, self.tokenizer, self.labels, self.names = settings, tokenizer, labels, tuple(names)
+
+    @abstractmethod
+    def read(self, item: Any) -> TextInput:
+        """Check an item of a request."""
+
+    @abstractmethod
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
+
+    # What a request calls the first and the second text.
+    fields: tuple[str, str] = ("text", "text_pair")
+    # A token that an explanation's baseline keeps; -1 is none.
+    kept_token: int = -1
+
+    @property
+    def explains(self) -> str:
+        """What explanations explain: probabilities, or their logarithms where those are what is averaged."""
+        return "log_probability" if self.settings.aggregation == "mean_logit" else "probability"
+
+    def summand(self, logits: Tensor) -> Tensor:
+        """What a member adds to the ensemble's answer; (..., C) -> (..., C)."""
+        return summands(logits, self.settings.aggregation, self.settings.temperature)
+
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """What can be explained of one text; by default what the answer says.
+
+        Args:
+            outputs: Of all members, rows in the order of the example's windows.
+            weights: (M, 1).
+            options: Its `target` picks other things than the answer's.
+            example: The text.
+
+        Raises:
+            RequestError: 501 where the mode has nothing to explain, 422 for an unknown target.
+        """
+        raise RequestError(501, f"mode '{self.settings.mode}' has nothing to explain")
+
+    def encode(self, item: Any) -> TextExample:
+        """Read an item and tokenise it; what exceeds max_length is cut off."""
+        text = self.read(item)
+        encoded = self.tokenizer(
+            text.text, text.pair, truncation=True, max_length=self.max_length, return_offsets_mapping=True
+        )
+        return TextExample(text, [window_of(encoded, 0)])
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence: the settings' or the tokenizer's, whichever is less."""
+        return min(self.settings.max_length, int(self.tokenizer.model_max_length))
+
+    def sample_items(self, count: int) -> list[Any]:
+        """Items of different lengths to prove the forward on at load."""
+        return [" ".join(["a sample text"] * (index % 4 + 1)) for index in range(count)]
+
+    def picked_labels(self, wanted: Sequence[str | int] | None, count: int, default: list[int]) -> list[int]:
+        """The classes that a client names by label or number.
+
+        Args:
+            wanted: Labels or numbers; `all`; None for the default.
+            count: How many classes there are.
+            default: Classes where none is wanted.
+
+        Raises:
+            RequestError: 422 for a label that isn't there.
+        """
+        if wanted is None:
+            return default
+        numbers = {self.labels.get(index, str(index)): index for index in reversed(range(count))}
+        if tuple(wanted) == ("all",) and "all" not in numbers:
+            return list(range(count))
+        picked = [numbers.get(str(name), as_number(name, count)) for name in wanted]
+        for name, index in zip(wanted, picked, strict=True):
+            if index is None:
+                raise unknown_target(name, "a label, its number, or 'all'")
+        return list(dict.fromkeys(index for index in picked if index is not None))
+
+    def unusable(self) -> RequestError:
+        """The reply where no member gave a finite output."""
+        return RequestError(500, "no member gave a finite output for this input")
+
+    def answer_each(
+        self,
+        options: Sequence[Options],
+        asked: Tensor,
+        finite: Tensor,
+        body_of: Callable[[int], dict[str, Any]],
+        member_of: Callable[[int, int], dict[str, Any]],
+    ) -> list[Answer | RequestError]:
+        """One answer per example, from its own body and, where asked for, one row per member.
+
+        Args:
+            options: One per example.
+            asked: (M, B) bool, members with a weight.
+            finite: (M, B) bool, members whose output is finite.
+            body_of: Number of the example -> its prediction and uncertainty.
+            member_of: Numbers of member and example -> what that member says.
+        """
+        answers: list[Answer | RequestError] = []
+        for b, option in enumerate(options):
+            ensemble, left_out = self.ensemble_body(option, asked[:, b], finite[:, b])
+            if not ensemble["used"]:
+                answers.append(self.unusable())
+                continue
+            body = {**body_of(b), "ensemble": ensemble}
+            if option.detail:
+                used = (asked[:, b] & finite[:, b]).tolist()
+                body["members"] = [{"name": name, **member_of(m, b)} for m, name in enumerate(self.names) if used[m]]
+            answers.append(Answer(body, None, left_out))
+        return answers
+
+    def ensemble_body(
+        self, options: Options, asked: Tensor, finite: Tensor
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The answer's part on the ensemble, and the members left out; asked and finite are (M,) bool."""
+        used = int((asked & finite).sum())
+        left_out = tuple(
+            name for name, a, f in zip(self.names, asked.tolist(), finite.tolist(), strict=True) if a and not f
+        )
+        body: dict[str, Any] = {"size": len(self.names), "used": used}
+        if options.subset is not None:
+            body["subset"] = [name for name, a in zip(self.names, asked.tolist(), strict=True) if a]
+        if left_out:
+            body["left_out"] = list(left_out)
+        return body, left_out
+
+
+def window_of(encoded: Any, index: int) -> Window:
+    """One sequence of a tokenizer's result; a single text's fields are not nested."""
+    encoding = encoded.encodings[index]
+    own = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
+    skipped = ("offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask")
+    arrays = {key: (value[index] if own else value) for key, value in encoded.items() if key not in skipped}
+    return Window(arrays, list(encoding.offsets), list(encoding.sequence_ids), list(encoding.word_ids))
+
+
+def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, int]) -> tuple[Tensor, ...]:
+    """Pad to the longest: one (B, S) int64 tensor per name, on the right.
+
+    Args:
+        windows: B sequences.
+        names: Model inputs, in the order of the model's arguments.
+        pad: Name -> padding value; 0 where there is none.
+    """
+    longest = max(len(window) for window in windows)
+    tensors = []
+    for name in names:
+        fill = pad.get(name, 0)
+        rows = [window.arrays[name] + [fill] * (longest - len(window)) for window in windows]
+        tensors.append(torch.tensor(rows, dtype=torch.int64))
+    return tuple(tensors)
+
+
+def rows_of(examples: Sequence[TextExample]) -> list[int]:
+    """For every row of the batch the number of its example."""
+    return [index for index, example in enumerate(examples) for _ in example.windows]
+
+
+def as_number(name: str | int, count: int) -> int | None:
+    """A target that is a number below `count`; None where it isn't."""
+    text = str(name)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else count
+    return number if number < count else None
+
+
+def unknown_target(name: str | int, expected: str) -> RequestError:
+    """The reply to a target that isn't there."""
+    return RequestError(422, f"target: unknown '{str(name)[:80]}'; expected {expected}")

@@ -1,0 +1,167 @@
+"""Turns texts or pairs into one label, several labels or numbers, with the members' disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmap_ensemble.core.aggregate import combine_classes, entropy, share_weights
+from vmap_ensemble.errors import RequestError
+from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.classification import ClassAnswers
+from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
+from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode
+
+
+class SingleLabel(TextMode):
+    """Exactly one label per text: the answer of every classifier."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.class_answers = ClassAnswers(self.settings, self.names, self.labels)
+
+    def read(self, item: Any) -> TextInput:
+        """A text, or a pair of texts."""
+        return read_text_item(item, self.settings.max_characters)
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch from its logits (M, B, C)."""
+        return self.class_answers(outputs["logits"], weights, options)
+
+    def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
+        """The classes that are asked for; the predicted one by default."""
+        logits = outputs["logits"]
+        picked = self.picked_labels(options.target, logits.shape[-1], self.predicted(logits, weights))
+
+        def score(output: Any, index: int) -> Tensor:
+            return self.summand(output["logits"])[:, index]
+
+        return [Target(self._about(index), partial(score, index=index)) for index in picked]
+
+    def predicted(self, logits: Tensor, weights: Tensor) -> list[int]:
+        """The classes of the answer to one text, from logits (M, 1, C)."""
+        settings = self.settings
+        prediction = combine_classes(logits, weights, settings.aggregation, settings.temperature)
+        return [int(prediction.ranking[0, 0])]
+
+    def _about(self, index: int) -> dict[str, Any]:
+        return {"label": self.labels.get(index, str(index)), "index": index}
+
+
+class MultiLabel(SingleLabel):
+    """Any number of labels per text, each yes or no on its own."""
+
+    @property
+    def explains(self) -> str:
+        """The mean of the sigmoids, whatever the aggregation."""
+        return "probability"
+
+    def predicted(self, logits: Tensor, weights: Tensor) -> list[int]:
+        """The labels above the threshold; the most probable one where none is."""
+        own = self.summand(logits)[:, 0]
+        finite = own.isfinite().all(-1)
+        mixture = share_weights(weights, finite[:, None])[:, 0] @ torch.where(finite[:, None], own, 0.0)
+        return self._chosen(mixture) or [int(mixture.argmax())]
+
+    def summand(self, logits: Tensor) -> Tensor:
+        """The sigmoids."""
+        return (logits.float() / self.settings.temperature).sigmoid()
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch from its logits (M, B, L): the mean of the members' sigmoids per label."""
+        logits = outputs["logits"].float() / self.settings.temperature
+        finite, asked = logits.isfinite().all(-1), weights > 0
+        own = torch.where(finite[..., None], logits, 0.0).sigmoid()
+        share = share_weights(weights, finite)
+        mixture = torch.einsum("mb,mbl->bl", share, own)
+        total = _binary_entropy(mixture).sum(-1)
+        expected = torch.einsum("mb,mbl->b", share, _binary_entropy(own))
+        votes = (own >= self.settings.label_threshold) == (mixture >= self.settings.label_threshold)
+        agreement = torch.einsum("mb,mb->b", share, votes.float().mean(-1))
+        columns = (total, expected, (total - expected).clamp_min(0), agreement)
+        uncertainty = torch.stack(columns, dim=-1).tolist()
+        return [
+            self._answer(mixture[b], own[:, b], uncertainty[b], asked[:, b], finite[:, b], option)
+            for b, option in enumerate(options)
+        ]
+
+    def _answer(
+        self, mixture: Tensor, own: Tensor, four: list[float], asked: Tensor, finite: Tensor, options: Options
+    ) -> Answer | RequestError:
+        ensemble, left_out = self.ensemble_body(options, asked, finite)
+        if not ensemble["used"]:
+            return self.unusable()
+        top = mixture.argsort(descending=True, stable=True)[: options.top_k or self.settings.top_k].tolist()
+        rows = [self._row(index, mixture) for index in top]
+        names = ("predictive_entropy", "expected_entropy", "mutual_information", "agreement")
+        body: dict[str, Any] = {
+            "labels": [row for row in rows if row["probability"] >= self.settings.label_threshold],
+            "top_k": rows,
+            "uncertainty": dict(zip(names, four, strict=True)),
+            "ensemble": ensemble,
+        }
+        if options.detail:
+            body["members"] = [
+                {"name": name, "labels": [self._row(i, own[m]) for i in self._chosen(own[m])]}
+                for m, name in enumerate(self.names)
+                if asked[m] and finite[m]
+            ]
+        return Answer(body, four[2], left_out)
+
+    def _row(self, index: int, probabilities: Tensor) -> dict[str, Any]:
+        label = self.labels.get(index, str(index))
+        return {"label": label, "index": index, "probability": probabilities[index].item()}
+
+    def _chosen(self, probabilities: Tensor) -> list[int]:
+        chosen: list[int] = (probabilities >= self.settings.label_threshold).nonzero().flatten().tolist()
+        return chosen
+
+
+class Regression(SingleLabel):
+    """Numbers: their mean over the members and its standard deviation."""
+
+    @property
+    def explains(self) -> str:
+        """The numbers themselves."""
+        return "value"
+
+    def predicted(self, logits: Tensor, weights: Tensor) -> list[int]:
+        """All of them."""
+        return list(range(logits.shape[-1]))
+
+    def summand(self, logits: Tensor) -> Tensor:
+        """The numbers themselves."""
+        return logits.float()
+
+    def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch from its outputs (M, B, L)."""
+        values = outputs["logits"].float()
+        finite, asked = values.isfinite().all(-1), weights > 0
+        share = share_weights(weights, finite)
+        values = torch.where(finite[..., None], values, 0.0)
+        mean = torch.einsum("mb,mbl->bl", share, values)
+        variance = torch.einsum("mb,mbl->bl", share, (values - mean).square())
+        return self.answer_each(
+            options,
+            asked,
+            finite,
+            lambda b: {
+                "prediction": {"values": mean[b].tolist()},
+                "uncertainty": {"standard_deviation": variance[b].sqrt().tolist()},
+            },
+            lambda m, b: {"values": values[m, b].tolist()},
+        )
+
+
+def _binary_entropy(probabilities: Tensor) -> Tensor:
+    return entropy(torch.stack((probabilities, 1 - probabilities), dim=-1))

@@ -1,0 +1,65 @@
+"""The settings of tasks on text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vmap_ensemble.archive.settings import PositiveInt, Probability, Settings
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
+class TextSettings(Settings):
+    """Settings of handlers that take text; the keys of TorchServe's Hugging Face example among them."""
+
+    mode: Literal[
+        "sequence_classification", "token_classification", "question_answering", "fill_mask", "embedding"
+    ] = Field("sequence_classification", description="What is asked of the text.")
+    model_name: str = Field("", description="Name of the pretrained model; for people, nothing is fetched.")
+    do_lower_case: bool | None = Field(None, description="Lower the text; the tokenizer's own choice by default.")
+    num_labels: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Number of labels; of a classification it must equal the members', 0 says nothing."
+    )
+    save_mode: Literal["pretrained", "torchscript"] = Field(
+        "pretrained", description="`pretrained`: weights; `torchscript`: traced members."
+    )
+    max_length: PositiveInt = Field(
+        512, description="Longest sequence in tokens; the rest is cut off, or read in windows."
+    )
+    captum_explanation: bool = Field(True, description="Whether /explanations/ is answered.")
+    embedding_name: str = Field(
+        "",
+        description="Module of the model whose output explanations are about, or that holds `embeddings` (`bert`); "
+        "found by default.",
+    )
+    explanation_steps: PositiveInt = Field(
+        50, description="Points of the integral of an explanation; more make its `delta` smaller."
+    )
+    explanation_batch_size: PositiveInt = Field(
+        16, description="Points of the integral that are computed at once; fewer need less memory."
+    )
+    max_explanations: PositiveInt = Field(
+        16, description="Explanations that one request may ask for: items times targets; more are refused with a 413."
+    )
+    FasterTransformer: bool = Field(False, description="Members are traced FasterTransformer modules.")
+    problem_type: Literal["single_label", "multi_label", "regression"] | None = Field(
+        None, description="Of a sequence classification; the members' config by default."
+    )
+    label_threshold: Probability = Field(0.5, description="Least probability of a label in a multi-label answer.")
+    pooling: Literal["mean", "cls"] = Field("mean", description="How an embedding is made of the tokens'.")
+    doc_stride: PositiveInt = Field(128, description="Tokens that neighbouring windows of a long context share.")
+    max_answer_tokens: PositiveInt = Field(30, description="Longest answer to a question, in tokens.")
+    max_characters: PositiveInt = Field(200_000, description="Longer texts are refused with a 413.")
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
+class TracedSettings(TextSettings):
+    """Settings of the handler of traced FasterTransformer modules."""
+
+    save_mode: Literal["torchscript"] = Field("torchscript", description="Members are traced modules.")
+    FasterTransformer: Literal[True] = Field(True, description="Members call FasterTransformer's class.")
+    library: str = Field(
+        "libpyt_fastertransformer.so", description="The library's file in the archive; later releases: libth_*.so."
+    )

@@ -1,0 +1,1 @@
+"""How good and how honest an ensemble is, on labelled inputs."""
