@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,6 +27,7 @@ from vmap_ensemble.archive.settings import parse_settings
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.models.architecture import TRANSFORMERS
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
+from vmap_ensemble.tasks.task import Task
 
 Step = Callable[[str], None]
 
@@ -61,7 +61,7 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
         return _build(request, handler, Path(scratch), target, console)
 
 
-def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: Path, console: Console) -> Path:
+def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: Path, console: Console) -> Path:
     sources = resolve_members(request.members, request.folder)
     pretrained = choose_pretrained(sources, request.pretrained)
     if pretrained is not None:
@@ -95,7 +95,7 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
     return target
 
 
-def _with_architecture(request: ArchiveRequest, handler: type[Any]) -> ArchiveRequest:
+def _with_architecture(request: ArchiveRequest, handler: type[Task]) -> ArchiveRequest:
     where = f"setup_config.json, block '{request.name}'"
     architecture = architecture_of(handler, request.settings, where)
     if not architecture:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from archiver import REPOSITORY
 from vmap_ensemble.errors import ArchiveError
 
 CHILD = Path(__file__).with_name("check_child.py")
@@ -62,7 +61,7 @@ def _unpack(path: Path, folder: Path) -> int:
 def _run_child(path: Path, folder: Path, request: Path | None, console: Console, debug: bool) -> None:
     reader, writer = os.pipe()
     command = [
-        *(sys.executable, str(CHILD), str(folder), path.stem, str(_metrics_file())),
+        *(sys.executable, str(CHILD), str(folder)),
         *(str(request.absolute()) if request else "", str(writer)),
     ]
     # A caller's PYTHONPATH comes before the archive in a worker too; here it would hide what is missing.
@@ -104,13 +103,3 @@ def _read_phases(reader: int, console: Console) -> str:
 def _print_phase(console: Console, phase: str, seconds: float, detail: str) -> None:
     short = detail if len(detail) <= DETAIL_WIDTH else detail[: DETAIL_WIDTH - 1] + "…"
     console.print(f"{phase:<14}{seconds:8.3f} s  {short}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _metrics_file() -> Path:
-    """The project's metrics.yaml; TorchServe's own where the project's isn't there."""
-    own = REPOSITORY / "config" / "metrics.yaml"
-    if own.is_file():
-        return own
-    import ts
-
-    return Path(ts.__file__).parent / "configs" / "metrics.yaml"

@@ -7,7 +7,6 @@ Each finished phase is written to the pipe as one JSON line {"phase", "seconds",
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -16,11 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# What initialize() measures itself (VmapEnsembleHandler.phases_s) -> what a person calls it.
-LOAD_PHASES = ("settings", "build", "stack", "prepare", "quantise", "equivalence", "first_forward")
 
-
-def main(folder: Path, name: str, metrics_file: str, request_file: str, pipe: Any) -> int:
+def main(folder: Path, request_file: str, pipe: Any) -> int:
     """Run the phases in order; 0 when all passed."""
     # A worker's path: the unpacked archive comes first, this script's folder isn't there.
     sys.path[0] = str(folder)
@@ -33,18 +29,16 @@ def main(folder: Path, name: str, metrics_file: str, request_file: str, pipe: An
     try:
         start = time.perf_counter()
         manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text(encoding="utf-8"))
-        handler = find_handler(manifest["model"]["handler"])
-        tell(phase, start, type(handler).__name__)
+        kind = find_task(manifest["model"]["handler"])
+        tell(phase, start, kind.__name__)
         phase, start = "members", time.perf_counter()
         tell(phase, start, check_members(folder))
         phase = "load"
-        context = make_context(folder, name, manifest, metrics_file)
-        handler.initialize(context)
-        for key in LOAD_PHASES:
-            if key in handler.phases_s:
-                tell_row(pipe, phase=key, seconds=handler.phases_s[key], detail=show_detail(handler, key))
+        ensemble = load(kind, folder, manifest)
+        for key, seconds in ensemble.timed.seconds.items():
+            tell_row(pipe, phase=key, seconds=seconds, detail=show_detail(ensemble, key))
         phase, start = "request", time.perf_counter()
-        tell(phase, start, ask(handler, context, request_file))
+        tell(phase, start, ask(ensemble, request_file))
     except Exception as error:
         traceback.print_exc()
         tell_row(pipe, error=f"{phase}: {type(error).__name__}: {first_line(error)}")
@@ -63,69 +57,69 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def find_handler(file: str) -> Any:
-    """Import the handler file as TorchServe does and make an instance of its one class."""
+def find_task(file: str) -> Any:
+    """Import the handler file as TorchServe does, and find its one class."""
     module = importlib.import_module(Path(file).stem)
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    if len(own) != 1:
-        raise TypeError(f"{file}: expected exactly one class, got {len(own)}")
-    return own[0]()
+    return importlib.import_module("vmap_ensemble.tasks.register").task_in(module, file)
 
 
 def check_members(folder: Path) -> str:
     """Count the members' files and compare their SHA-256."""
-    members = importlib.import_module("vmap_ensemble.core.members")
+    members = importlib.import_module("vmap_ensemble.archive.manifest")
     manifest = members.read_manifest(folder)
     members.check_hashes(folder, manifest)
     return ", ".join(member.name for member in manifest.members)
 
 
-def make_context(folder: Path, name: str, manifest: dict[str, Any], metrics_file: str) -> Any:
-    """A real TorchServe context, with the metrics and the model-config yaml a worker would get."""
+def load(kind: Any, folder: Path, manifest: dict[str, Any]) -> Any:
+    """The ensemble as a worker loads it, with what its model-config yaml says."""
     import torch
-    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-    from ts.service import Service
 
-    metrics = MetricsCacheYamlImpl(config_file_path=metrics_file)
-    metrics.initialize_cache()
-    metrics.model_name = name
-    gpu = 0 if torch.cuda.is_available() else None
-    service = Service(name, str(folder), manifest, lambda data, context: None, gpu, 1, True, metrics)
-    return service.context
+    ensemble = importlib.import_module("vmap_ensemble.ensemble")
+    starting = importlib.import_module("vmap_ensemble.starting")
+    settings = importlib.import_module("vmap_ensemble.archive.settings")
+    phases = importlib.import_module("vmap_ensemble.process.phases")
+    config = read_config(folder, manifest)
+    timed = phases.Phases()
+    with timed(phases.SETTINGS):
+        known = settings.load_settings(folder, kind.settings_class, config.get("handler"))
+        gpu = 0 if torch.cuda.is_available() else None
+        place = starting.make_place(known, folder, known.threads or torch.get_num_threads(), gpu)
+    with timed(phases.BUILD):
+        task = kind(known, place)
+    return ensemble.Ensemble.start(task, timed, [int(config.get("batchSize") or 1)])
 
 
-def show_detail(handler: Any, phase: str) -> str:
+def read_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The model-config yaml that the manifest names; empty where there is none."""
+    name = manifest["model"].get("configFile")
+    if not name:
+        return {}
+    import yaml
+
+    return yaml.safe_load((folder / name).read_text(encoding="utf-8")) or {}
+
+
+def show_detail(ensemble: Any, phase: str) -> str:
     """What is worth a glance about a phase of loading."""
     if phase == "equivalence":
-        return json.dumps(vars(handler.proof), default=str)
-    return str(handler.device) if phase == "stack" else ""
+        return json.dumps(vars(ensemble.proof), default=str)
+    if phase == "execution":
+        return f"{ensemble.execution.name}: {ensemble.execution.reason}"
+    return str(ensemble.task.place.device) if phase == "stack" else ""
 
 
-def ask(handler: Any, context: Any, request_file: str) -> str:
-    """Send one request through handle() and return its answer, which must have status 200."""
-    from ts.context import RequestProcessor
-
-    body = Path(request_file).read_bytes() if request_file else sample_body(handler)
-    context.request_ids = {0: "check"}
-    if context.metrics is not None:
-        context.metrics.request_ids = context.request_ids
-    context.request_processor = [RequestProcessor({})]
-    (answer,) = handler.handle([{"body": body}], context)
-    status, _ = context.get_response_status(0)
-    if status != 200:
-        raise ValueError(f"the request got status {status}: {answer}")
-    return answer if isinstance(answer, str) else repr(answer)
-
-
-def sample_body(handler: Any) -> bytes:
-    """The handler's own sample request, or the noise that its equivalence is proved on, as JSON lists."""
-    if hasattr(handler, "sample_request"):
-        return handler.sample_request()
-    (example,) = handler.sample_examples(1)
-    return json.dumps(example.tolist()).encode()
+def ask(ensemble: Any, request_file: str) -> str:
+    """Answer one request, as a server would: its status must be 200."""
+    batch = importlib.import_module("vmap_ensemble.serving.batch")
+    body = Path(request_file).read_bytes() if request_file else ensemble.task.sample_request()
+    (reply,) = batch.answer_batch(ensemble, [batch.Incoming({"body": body}, {})])
+    if reply.status != 200:
+        raise ValueError(f"the request got status {reply.status}: {reply.text}")
+    return str(reply.text)
 
 
 if __name__ == "__main__":
-    _, folder_, name_, metrics_, request_, descriptor_ = sys.argv
+    _, folder_, request_, descriptor_ = sys.argv
     with os.fdopen(int(descriptor_), "w") as pipe_:
-        sys.exit(main(Path(folder_), name_, metrics_, request_, pipe_))
+        sys.exit(main(Path(folder_), request_, pipe_))

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from torch import Tensor
 
 from archiver.blocks import ArchiveRequest
-from vmap_ensemble.archive.settings import load_settings
+from archiver.staged import open_task
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.errors import ArchiveError, LoadError
 from vmap_ensemble.execution.compiled.native_code import why_not, write_native_code
 from vmap_ensemble.execution.compiled.packages import Package
+from vmap_ensemble.process.phases import Phases
+from vmap_ensemble.tasks.task import Task
 
 Step = Callable[[str], None]
 
 
-def compile_archive(handler: type[Any], request: ArchiveRequest, stage: Path, step: Step) -> list[Package]:
+def compile_archive(handler: type[Task], request: ArchiveRequest, stage: Path, step: Step) -> list[Package]:
     """Compile the forward of staged members for batches of 1 and of up to batchSize, and write compiled/.
 
     Args:
@@ -36,7 +37,7 @@ def compile_archive(handler: type[Any], request: ArchiveRequest, stage: Path, st
             can't be compiled.
     """
     check_compiler()
-    forward, examples = _load(handler(), stage)
+    forward, examples = _load(handler, stage)
     try:
         return write_native_code(forward, examples, _batch_size(request), stage, step)
     except LoadError as error:
@@ -61,16 +62,16 @@ def check_compiler() -> None:
         ) from None
 
 
-def _load(handler: Any, stage: Path) -> tuple[EnsembleForward, Tensor]:
-    """The forward as the handler makes it, and two examples (2, ...)."""
-    handler.open(stage, load_settings(stage, handler.settings_class))
-    forward = handler.load_forward()
-    args = handler.collate(handler.sample_examples(2))
+def _load(handler: type[Task], stage: Path) -> tuple[EnsembleForward, Tensor]:
+    """The forward as the task makes it, and two examples (2, ...)."""
+    task = open_task(handler, stage)
+    forward = task.make_forward(Phases())
+    args = task.collate(task.sample_examples(2))
     reason = why_not(forward, args)
     if reason:
         raise ArchiveError(
             "--compile: expected a model in floating point that takes one tensor and gives one, as image classifiers "
-            f"do; {type(handler).__name__} serves another, which can't be compiled ahead of time ({reason})"
+            f"do; {handler.__name__} serves another, which can't be compiled ahead of time ({reason})"
         )
     return forward, args[0]
 

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from archiver.blocks import ArchiveRequest
+from archiver.staged import open_task
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import load_settings
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
-from vmap_ensemble.errors import ArchiveError, RequestError
+from vmap_ensemble.errors import ArchiveError, ItemError
 from vmap_ensemble.execution.int8.calibration import calibrate
+from vmap_ensemble.execution.int8.forward import quantise_forward
+from vmap_ensemble.process.phases import Phases
+from vmap_ensemble.starting import read_weights
+from vmap_ensemble.tasks.task import Task
 
 BATCH = 16
 
@@ -61,7 +66,7 @@ def check_precision(request: ArchiveRequest, settings: Any) -> None:
     find_samples(request.name, request.samples)
 
 
-def judge_precision(handler: type[Any], request: ArchiveRequest, stage: Path, step: Step) -> Precision | None:
+def judge_precision(handler: type[Task], request: ArchiveRequest, stage: Path, step: Step) -> Precision | None:
     """Calibrate int8, run the samples in float32 and as archived, and write precision.json.
 
     Args:
@@ -81,50 +86,49 @@ def judge_precision(handler: type[Any], request: ArchiveRequest, stage: Path, st
     name = precision_name(settings)
     if name is None or not request.samples:
         return None
-    instance = handler()
-    float32 = {"dtype": "fp32", **({"quantization": None} if name == "int8" else {})}
+    float32 = {"dtype": "fp32"} if name != "int8" else {"quantization": None}
     step("read samples")
-    instance.open(stage, dataclasses.replace(settings, **float32))
-    batches = _read_batches(request.name, instance, find_samples(request.name, request.samples))
+    task = open_task(handler, stage, **float32)
+    batches = _read_batches(request.name, task, find_samples(request.name, request.samples))
     step("run float32")
-    reference = instance.load_forward()
+    reference = task.make_forward(Phases())
     with torch.inference_mode():
-        expected = _predict(instance, reference, reference.loop, batches, request.name)
+        expected = _predict(task, reference.loop, batches, request.name)
         ranges = calibrate(reference.model, reference.members, batches) if name == "int8" else {}
-    members = reference.members.names if ranges else ()
     step(f"run {name}")
-    instance.open(stage, settings)
-    instance.precision = Precision(name, 0, 0, 0.0, members, ranges)
-    forward = instance.load_forward()
-    run = forward if name == "int8" else forward.loop
+    precision = Precision(name, 0, 0, 0.0, reference.members.names if ranges else (), ranges)
     with torch.inference_mode():
-        got = _predict(instance, forward, run, _cast(batches, instance.dtype), request.name)
-    found = _compare(instance.precision, expected, got)
+        if name == "int8":
+            got = _predict(task, quantise_forward(reference, precision, batches[0]), batches, request.name)
+        else:
+            cast = open_task(handler, stage)
+            forward = cast.make_forward(Phases())
+            got = _predict(cast, forward.loop, _cast(batches, cast.place.dtype), request.name)
+    found = _compare(precision, expected, got)
     _check(found, request)
     found.write(stage)
     return found
 
 
-def _read_batches(name: str, handler: Any, files: Sequence[Path]) -> Batches:
+def _read_batches(name: str, task: Task, files: Sequence[Path]) -> Batches:
     examples = []
     for file in files:
         try:
             data = file.read_bytes()
-            examples.append(handler.parse(json.loads(data) if file.suffix == ".json" else data))
-        except (RequestError, OSError, ValueError) as error:
+            examples.append(task.parse(json.loads(data) if file.suffix == ".json" else data))
+        except (ItemError, OSError, ValueError) as error:
             raise ArchiveError(f"'{name}': sample {file.name}: {error}") from None
     starts = range(0, len(examples), BATCH)
-    return [handler.collate(examples[start : start + BATCH]) for start in starts]
+    return [task.collate(examples[start : start + BATCH]) for start in starts]
 
 
 def _cast(batches: Batches, dtype: torch.dtype) -> Batches:
     return [tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in batch) for batch in batches]
 
 
-def _predict(
-    handler: Any, forward: Any, run: Callable[..., Any], batches: Batches, name: str
-) -> list[ClassPrediction]:
-    weights, settings = handler.read_weights(forward.members), handler.settings
+def _predict(task: Task, run: Callable[..., Any], batches: Batches, name: str) -> list[ClassPrediction]:
+    settings = task.settings
+    weights = read_weights(settings, task.place.names)
     rows = []
     for batch in batches:
         outputs = run(*batch)

@@ -61,7 +61,7 @@ phases = {**handler.phases_s, "import": imported - start, "first_request": answe
 print(json.dumps({
     "base_mib": base, "peak_mib": peak, "stack_mib": size, "one_member_mib": one, "phases_s": phases,
     "served_mib": served_mib, "served_peak_mib": served_peak_mib,
-    "serves": handler.execution.name, "reason": handler.execution.reason,
+    "serves": handler.ensemble.execution.name, "reason": handler.ensemble.execution.reason,
 }))
 """
 

@@ -91,8 +91,10 @@ class Served:
 
     def time_forward(self) -> None:
         """From now on add up the seconds inside the networks."""
-        name = "run" if hasattr(self.handler, "run") else "inference"
-        inner: Callable[..., Any] = getattr(self.handler, name)
+        owner, name = (
+            (self.handler.ensemble, "run") if hasattr(self.handler, "ensemble") else (self.handler, "inference")
+        )
+        inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
@@ -101,7 +103,7 @@ class Served:
             finally:
                 self.forward_s += time.perf_counter() - started
 
-        setattr(self.handler, name, timed)
+        setattr(owner, name, timed)
 
     def ask(self, bodies: list[bytes]) -> bytes:
         """The message that answers a batch."""

@@ -1,281 +1,388 @@
-"""Turns an unpacked archive into a forward of its members that is chosen, proved and ready to be asked.
+"""Turns N checkpoints of one architecture into one object to be asked: members, the way to run them, and a task.
 
-settings -> architecture + stacked members -> way to run them -> proof           seconds of each phase
+    Ensemble.load("resnet_ens.mar").predict([Path("cat.jpg")])      an archive, by the answers that a server gives
+    Ensemble.of(model, {"a": state, "b": state}).outputs(x)         state dicts in memory -> (M, B, C)
+
+No server is needed for it, and none is imported.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import dataclasses
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ts.torch_handler.base_handler import BaseHandler
 
 from vmap_ensemble import __version__
-from vmap_ensemble.archive.labels import read_labels
-from vmap_ensemble.archive.manifest import load_members, read_manifest
+from vmap_ensemble.archive.manifest import Manifest
 from vmap_ensemble.archive.precision import Precision, read_precision
-from vmap_ensemble.archive.settings import Settings, load_settings
+from vmap_ensemble.archive.settings import load_settings, override_settings, parse_settings, read_block
+from vmap_ensemble.archive.unpack import unpacked
 from vmap_ensemble.core.forward import EnsembleForward
-from vmap_ensemble.core.members import StackedMembers
+from vmap_ensemble.core.members import Member, stack_members
 from vmap_ensemble.core.proof import Proof
-from vmap_ensemble.core.states import check_architecture
-from vmap_ensemble.errors import EnsembleError, SettingsError
+from vmap_ensemble.core.states import fit_to_architecture
+from vmap_ensemble.description import Description
+from vmap_ensemble.errors import ItemError, UnfitItem
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
-from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
-from vmap_ensemble.execution.cpu.member_threads import MemberThreads
 from vmap_ensemble.execution.modes import Execution, ExecutionOptions, prove
-from vmap_ensemble.frontends.torchserve.metrics import Metrics
-from vmap_ensemble.frontends.torchserve.worker import quieten_worker, threads_per_worker
-from vmap_ensemble.models.architecture import build_architecture
-from vmap_ensemble.process.age import seconds_since_process_start
-from vmap_ensemble.process.cache import CACHE
-from vmap_ensemble.process.device import DTYPES, choose_device, choose_dtype, configure_torch
-from vmap_ensemble.process.memory import freed_memory_returned
-from vmap_ensemble.process.threads import cores_at_hand
-from vmap_ensemble.tasks.classification import ClassAnswers
+from vmap_ensemble.process import phases
+from vmap_ensemble.process.phases import Phases
+from vmap_ensemble.starting import SAMPLE_BATCH, ProvedAtFirst, choose_execution, make_place, read_weights
+from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.register import find_task
+from vmap_ensemble.tasks.task import Place, Task
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_BATCH = 2
 
+class Ensemble:
+    """N members of one architecture, ready to be asked; whole when constructed. See `load` and `of`.
 
-class LoadedEnsemble(BaseHandler):
-    """The start of a worker: everything of `VmapEnsembleHandler` but its requests.
+    Args:
+        forward: The vmapped forward of the members.
+        execution: How it is run, chosen and proved.
+        task: Turns items into the forward's arguments and its outputs into answers.
+        precision: What precision.json of the archive says, if there is one.
+        timed: Seconds of each phase of the start.
+
+    Raises:
+        SettingsError: The settings' weights are for other members, or all 0.
 
     Attributes:
-        settings_class: The settings that this handler knows; override for options of your own.
-        default_architecture: What is built where the settings name no architecture.
-        default_input_shape: Shape of one example where the settings give none.
-        threads_from_bytes: Size of a batch's files and texts from which `parse` is called for several items at a
-            time, one per core: worth it where items cost most of their time outside of Python. None: never.
+        names: The members, in the order of axis 0 of all outputs.
         settings: The archive's settings.
-        forward: The vmapped forward of the members.
-        execution: How the forward is run, and why.
-        precision: What precision.json says of the archive, if there is one.
-        proof: What the comparison with the members' own forwards showed at load.
-        phases_s: Seconds spent in each phase of loading.
+        run: The forward as it is run: arguments (B, ...) -> outputs (M, B, ...); in chunks once memory runs out.
+        proof: What the comparison with the members' own forwards showed.
     """
 
-    settings_class: type[Settings] = Settings
-    default_architecture: str = ""
-    default_input_shape: tuple[int, ...] | None = None
-    threads_from_bytes: int | None = None
-    settings: Any
-    forward: EnsembleForward
-    proof: Proof
-    execution: Execution
-    precision: Precision | None
+    def __init__(
+        self,
+        forward: EnsembleForward,
+        execution: Execution,
+        task: Task,
+        precision: Precision | None = None,
+        timed: Phases | None = None,
+    ) -> None:
+        self.forward, self.execution, self.task, self.precision = forward, execution, task, precision
+        self.settings: Any = task.settings
+        self.names = forward.members.names
+        self.timed = timed or Phases()
+        self.run: Callable[..., Any] = ChunkedRun(execution, len(self.names), forward.part)
+        self.member_weights = read_weights(self.settings, self.names).to(task.place.device)
+        task.lay_out(getattr(execution.run, "channels_last", False))
 
-    # --- what a handler of your own may override ---------------------------------------------------------
+    # --- making one ------------------------------------------------------------------------------------------
 
-    def build_model(self) -> nn.Module:
-        """The architecture in eval mode; its weights don't matter, the members' are used."""
-        return build_architecture(self.architecture, self.settings.num_classes, self.folder)
-
-    def collate(self, examples: Sequence[Any]) -> tuple[Any, ...]:
-        """Turn examples into the model's arguments on the device; here: one stacked tensor (B, ...)."""
-        batch = torch.stack(list(examples))
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()  # else the copy waits for the whole batch
-        return (batch.to(self.device, self.dtype if batch.is_floating_point() else None, non_blocking=True),)
-
-    def sample_examples(self, count: int) -> list[Any]:
-        """Examples to prove the forward on at load: seeded noise in the input's shape."""
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randn(self.input_shape, generator=generator) for _ in range(count)]
-
-    def default_labels(self) -> dict[int, str] | None:
-        """Labels where the archive brings no index_to_name.json."""
-        return None
-
-    @property
-    def architecture(self) -> str:
-        """The architecture that is built: the settings', or this handler's default."""
-        return self.settings.architecture or self.default_architecture
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
-        shape = self.settings.input_shape or self.default_input_shape
-        if shape is None:
-            raise SettingsError("setup_config.json: input_shape: expected the shape of one example, got nothing")
-        return shape
-
-    # --- the phases of a start -------------------------------------------------------------------------------
-
-    def initialize(self, context: Any) -> None:
-        """Load the archive that TorchServe has unpacked, and prove that its forward is right.
-
-        Raises:
-            EnsembleError: The archive can't be served; the log has one line that says why.
-        """
-        self.context = context
-        self.manifest = context.manifest
-        self.phases_s: dict[str, float] = {"import": seconds_since_process_start()}
-        try:
-            with freed_memory_returned():
-                self._load(context)
-        except EnsembleError as error:
-            logger.error("cannot serve %s: %s", context.model_name, error)
-            raise
-        self.initialized = True
-        self.metrics.flush()
-        quieten_worker()
-        logger.info("ready: %s", json.dumps(self._summary()))
-
-    def _load(self, context: Any) -> None:
-        self.folder = Path(context.system_properties["model_dir"])
-        config = context.model_yaml_config or {}
-        with self._phase("settings"):
-            self.settings = load_settings(self.folder, self.settings_class, config.get("handler"))
-            self.threads = self.settings.threads or threads_per_worker(config, cores_at_hand())
-            configure_torch(self.threads, self.settings.float32_matmul_precision)
-            self.device = choose_device(self.settings.device, context.system_properties.get("gpu_id"))
-            self.dtype = choose_dtype(self.settings.dtype, self.device)
-            self.metrics = Metrics(context.metrics, context.model_name)
-        with self._phase("read"):
-            self.archive = read_manifest(self.folder)
-            self.precision = read_precision(self.folder)
-        self.forward = self.load_forward()
-        self.member_weights = self.read_weights(self.forward.members)
-        self.class_answers = ClassAnswers(
-            self.settings, self.forward.members.names, read_labels(self.folder) or self.default_labels()
-        )
-        with self._phase("execution"):
-            self.choose_execution(config)
-        self._take_proof()
-        self.parsers = MemberThreads(1 if self.threads_from_bytes is None else self.threads)
-
-    def open(self, folder: Path, settings: Settings) -> None:
-        """Make ready for `load_forward` and `collate` outside of a server, on the CPU.
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        execution: str | None = None,
+        threads: int | None = None,
+        batch_sizes: Sequence[int] = (1, 8),
+        task: type[Task] | None = None,
+    ) -> Ensemble:
+        """Load an archive that `./archive.sh` built.
 
         Args:
-            folder: An unpacked archive.
-            settings: What to take for its settings; its own may ask for another precision.
-        """
-        self.folder, self.settings, self.phases_s = folder, settings, {}
-        self.device, self.dtype = torch.device("cpu"), DTYPES[settings.dtype]
-        self.precision = read_precision(folder)
-
-    def load_forward(self) -> EnsembleForward:
-        """Build the architecture, stack the members, and join both."""
-        with self._phase("build"):
-            model = self.build_model()
-        # The files are mapped: their bytes are read while they are stacked.
-        with self._phase("stack"):
-            members = load_members(self.folder, self.device, self.dtype)
-        with self._phase("prepare"):
-            check_architecture("the members", members.spec(), model)
-            return self.join(model, members)
-
-    def join(self, model: nn.Module, members: StackedMembers) -> EnsembleForward:
-        """The vmapped forward of the members in this architecture."""
-        return EnsembleForward(model, members)
-
-    def choose_execution(self, config: dict[str, Any]) -> None:
-        """Decide how the forward is run; batches of one and of the configured size are what is measured."""
-        sizes = sorted({1, int(config.get("batchSize") or 1)})
-        hashes = "".join(member.sha256 for member in self.forward.members.members)
-        compiled_file = self.folder / COMPILED_FILE
-        compiled = compiled_file.read_bytes() if compiled_file.is_file() else b""
-        chosen_for = f"{__version__} {self.settings.dtype} {hashes}".encode() + compiled
-        options = ExecutionOptions(
-            budget_s=self.settings.execution_budget_s,
-            tolerance=self.settings.tolerance,
-            cache_dir=CACHE / "execution",
-            archive_sha=hashlib.sha256(chosen_for).hexdigest(),
-            sample=self.collate(self.sample_examples(SAMPLE_BATCH)),
-            packed=self.load_compiled if compiled else None,
-        )
-        examples = [self.collate(self.sample_examples(size)) for size in sizes]
-        self.execution = build_execution(self.settings.execution, self.forward, examples, options)
-        for candidate in self.execution.candidates:
-            if candidate.refused:
-                self.metrics.record("EnsembleFallbacks", 1, f"{candidate.name} refused")
-        self.run = self.chunked(self.execution)
-
-    def load_compiled(self) -> CompiledForward:
-        """The forward as native code, where `./archive.sh --compile` has packed it."""
-        return CompiledForward(self.folder, self.forward.members, self.input_shape)
-
-    def chunked(self, run: Callable[..., Any]) -> ChunkedRun:
-        """A forward that runs in chunks once memory runs out."""
-        return ChunkedRun(run, len(self.forward.members.names), self.forward.part)
-
-    def _take_proof(self) -> None:
-        """The proof that choosing the execution has made; made here where a subclass chose without one."""
-        if self.execution.proof is None:
-            sample = self.collate(self.sample_examples(SAMPLE_BATCH))
-            prove(self.execution, self.forward, sample, self.settings.tolerance)
-        else:
-            self.phases_s["execution"] -= self.execution.proof_s
-        self.phases_s["equivalence"] = self.execution.proof_s
-        self.proof = cast(Proof, self.execution.proof)
-        for name in self.proof.not_finite:
-            logger.warning("member '%s' gives NaN or infinity on the sample input", name)
-
-    def read_weights(self, members: StackedMembers) -> Tensor:
-        """(M, 1) weights of the members, as the settings give them.
+            path: A .mar, or the folder that one was unpacked into.
+            device: `cpu`, `cuda:0`, …; the settings' by default, or the first GPU, or the CPU.
+            dtype: `fp32`, `fp16` or `bf16` instead of the settings'.
+            execution: How the forward is run, instead of the settings': `eager` starts at once, `auto` measures.
+            threads: torch's threads in this process; by default they stay as they are.
+            batch_sizes: Sizes that will be asked, for `auto` to measure.
+            task: What becomes of items and outputs, instead of the archive's own handler's.
 
         Raises:
-            SettingsError: They are for other members, or all 0.
+            EnsembleError: The archive can't be loaded; one line that says why.
+
+        Note:
+            torch.set_float32_matmul_precision and cuDNN's TF32 switch are set for the process, as the settings say:
+            members in float32 would be answered in TF32 otherwise.
         """
-        given = self.settings.weights
-        if given is None:
-            return torch.ones(len(members.names), 1, device=self.device)
-        unknown = sorted(set(given) - set(members.names))
-        missing = sorted(set(members.names) - set(given))
-        if unknown or missing or not any(given.values()):
-            raise SettingsError(
-                f"setup_config.json: weights: expected one for each of {', '.join(members.names)} and one above "
-                f"0, got unknown {unknown}, missing {missing}"
-            )
-        return torch.tensor([[given[name]] for name in members.names], device=self.device)
+        timed = Phases()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with unpacked(path) as folder:
+            with timed(phases.SETTINGS):
+                kind = task or find_task(folder, str(read_block(folder).get("handler", "")))
+                given = {"device": device, "dtype": dtype, "execution": execution}
+                given = {key: value for key, value in given.items() if value is not None}
+                settings = override_settings(load_settings(folder, kind.settings_class), given)
+            place = make_place(settings, folder, threads or torch.get_num_threads(), 0)
+            with timed(phases.BUILD):
+                made = kind(settings, place)
+            return cls.start(made, timed, batch_sizes)
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.phases_s[name] = time.perf_counter() - start
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        states: Mapping[str, Mapping[str, Tensor]],
+        *,
+        example: Tensor | tuple[Any, ...] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        task: type[Task] = Task,
+        device: str | None = None,
+    ) -> Ensemble:
+        """Make one of state dicts in memory.
 
-    # --- describing --------------------------------------------------------------------------------------
+        Args:
+            model: The architecture, of which a copy is taken; its own weights don't matter.
+            states: Name of the member -> its state dict.
+            example: A batch of the model's input, (B, ...), or a tuple of its arguments: what `auto` measures and
+                the proof is made on. Without one the vmapped forward serves, proved on the first batch.
+            settings: As in setup_config.json.
+            task: What becomes of items and outputs; by default tensors are classified.
+            device: Where the members go; the CPU by default.
 
-    def describe_handle(self) -> dict[str, Any]:
-        """What is served: members with SHA-256, dtype, device, how the forward is run, labels."""
-        labels = self.class_answers.labels
-        return {
-            **self._summary(),
-            "members": [asdict(member) for member in self.archive.members],
-            "settings": {k: v for k, v in asdict(self.settings).items() if v is not None},
-            "labels": [labels[index] for index in sorted(labels)],
+        Raises:
+            MemberError: A state dict doesn't fit the model or the others.
+            SettingsError: A setting is unknown or wrong.
+        """
+        block = {
+            "execution": "auto" if example is not None else "eager",
+            **(settings or {}),
+            "device": device or "cpu",
         }
+        args = example if isinstance(example, tuple) else () if example is None else (example,)
+        if len(args) == 1:
+            block.setdefault("input_shape", list(args[0].shape[1:]))
+        checked = parse_settings(block, task.settings_class, "settings")
+        fitted = {name: fit_to_architecture(name, dict(state), model) for name, state in states.items()}
+        manifest = Manifest(tuple(Member(name, "", "", "", 0) for name in states))
+        place = dataclasses.replace(make_place(checked, None, torch.get_num_threads(), None), manifest=manifest)
+        made = task(checked, place)
+        members = dataclasses.replace(stack_members(fitted, place.device, place.dtype), members=manifest.members)
+        forward = made.join(copy.deepcopy(model).eval(), members)
+        args = tuple(_move(arg, place) for arg in args)
+        if not args:
+            run = ProvedAtFirst(forward)
+            return cls(forward, Execution("eager", "no example was given to measure with", [], run), made)
+        options = ExecutionOptions(tolerance=checked.tolerance, budget_s=checked.execution_budget_s)
+        return cls(forward, build_execution(checked.execution, forward, [args], options), made)
 
-    def _summary(self) -> dict[str, Any]:
+    @classmethod
+    def start(cls, task: Task, timed: Phases, batch_sizes: Sequence[int]) -> Ensemble:
+        """Load the members of a task's archive, choose how they are run, and prove it.
+
+        Args:
+            task: Made for an unpacked archive.
+            timed: Gets the seconds of each phase.
+            batch_sizes: Sizes that will be asked.
+
+        Raises:
+            EnsembleError: The archive can't be loaded.
+        """
+        forward = task.make_forward(timed)
+        with timed(phases.EXECUTION):
+            execution = task.only_execution(forward) or choose_execution(task, forward, batch_sizes)
+        if execution.proof is None:
+            sample = task.collate(task.sample_examples(SAMPLE_BATCH))
+            prove(execution, forward, sample, task.settings.tolerance)
+        else:
+            timed.seconds[phases.EXECUTION] -= execution.proof_s
+        timed.seconds[phases.EQUIVALENCE] = execution.proof_s
+        folder = task.place.folder
+        ensemble = cls(forward, execution, task, read_precision(folder) if folder else None, timed)
+        for name in execution.proof.not_finite if execution.proof else ():
+            logger.warning("member '%s' gives NaN or infinity on the sample input", name)
+        return ensemble
+
+    # --- asking it -------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        items: Sequence[Any],
+        *,
+        subset: Sequence[str] | None = None,
+        top_k: int | None = None,
+        detail: bool = False,
+        errors: str = "raise",
+    ) -> list[Any]:
+        """Answer items as a server would, with one forward for all of them.
+
+        Args:
+            items: What the task reads: paths and bytes of files, Pillow images, tensors, texts, JSON-like objects.
+            subset: Names of the members that are asked; all by default.
+            top_k: Number of labels in an answer.
+            detail: Whether each answer tells what each member says.
+            errors: `raise` at the first item that can't be answered, or `return` its error in the answer's place.
+
+        Returns:
+            One Answer per item, in order: `.body` is the answer, `.to_json()` its text.
+
+        Raises:
+            ItemError: An item can't be answered; the message begins with its number.
+        """
+        if errors not in ("raise", "return"):
+            raise ValueError(f"errors: expected 'raise' or 'return', got {errors!r}")
+        self.check_subset(subset)
+        options = Options(detail=detail, subset=None if subset is None else tuple(subset), top_k=top_k)
+        found = self.task.parse_items([_opened(item) for item in items])
+        good = [index for index, outcome in enumerate(found) if not isinstance(outcome, Exception)]
+        answers = self.answer([found[index] for index in good], [options] * len(good)) if good else []
+        for index, answer in zip(good, answers, strict=True):
+            found[index] = answer
+        if errors == "raise":
+            for index, outcome in enumerate(found):
+                if isinstance(outcome, ItemError):
+                    raise _numbered(outcome, index)
+                if isinstance(outcome, Exception):
+                    raise outcome
+        return found
+
+    @torch.inference_mode()
+    def answer(self, examples: Sequence[Any], options: Sequence[Options]) -> list[Answer | ItemError]:
+        """One forward for examples that the task has parsed, and one answer each.
+
+        Args:
+            examples: What the task's `parse` gave, at least one.
+            options: One per example.
+        """
+        outputs = self.run(*self.task.collate(examples))
+        answers = self.task.answers(outputs, self.weights_of(options), options, examples)
+        if len(answers) != len(examples):
+            raise ValueError(f"answers: expected one for each of {len(examples)} examples, got {len(answers)}")
+        return answers
+
+    @torch.inference_mode()
+    def outputs(self, *batch: Any) -> Any:
+        """What all members give for one batch.
+
+        Args:
+            batch: The model's arguments, tensors (B, ...) on any device; or one list of items that the task reads.
+
+        Returns:
+            The model's output structure; each tensor (M, B, ...), member-major, on the members' device.
+        """
+        return self.run(*self._arguments(batch))
+
+    __call__ = outputs
+
+    @torch.inference_mode()
+    def probabilities(self, *batch: Any) -> Tensor:
+        """The ensemble's probability of each class, by the settings' aggregation, weights and temperature.
+
+        Args:
+            batch: As of `outputs`.
+
+        Returns:
+            (B, C).
+
+        Raises:
+            NotOffered: The task isn't a classification.
+        """
+        outputs = self.outputs(*batch)
+        return self.task.probabilities(outputs, self.member_weights)
+
+    def explain(self, items: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
+        """What each part of an item adds to the answer to it.
+
+        Args:
+            items: As of `predict`.
+            options: `target`, `subset`, `detail`, as a request has them.
+
+        Raises:
+            NotOffered: The task gives no explanations.
+        """
+        examples = [self.task.parse(_opened(item)) for item in items]
+        return self.task.explain(self, examples, [Options(**options)] * len(examples))
+
+    def weights_of(self, options: Sequence[Options]) -> Tensor:
+        """(M, B) weights: the settings', 0 for members outside an example's subset."""
+        weights = self.member_weights.expand(-1, len(options))
+        if all(option.subset is None for option in options):
+            return weights
+        rows = [[option.subset is None or name in option.subset for option in options] for name in self.names]
+        return weights * torch.tensor(rows, device=weights.device)
+
+    def check_subset(self, subset: Sequence[str] | None) -> None:
+        """Refuse names that aren't members', and members that have no weight together.
+
+        Raises:
+            UnfitItem: Names one that is unknown, and those that are known.
+        """
+        if subset is None:
+            return
+        unknown = sorted(set(subset) - set(self.names))
+        if unknown:
+            raise UnfitItem(f"subset: unknown member '{unknown[0][:80]}'; known: {', '.join(self.names)}")
+        if not self.weights_of([Options(subset=tuple(subset))]).any():
+            raise UnfitItem("subset: the settings give its members no weight")
+
+    def _arguments(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(batch) == 1 and isinstance(batch[0], (list, tuple)):
+            examples = [self.task.parse(_opened(item)) for item in batch[0]]
+            return self.task.collate(examples)
+        return tuple(_move(argument, self.task.place) for argument in batch)
+
+    # --- describing it ---------------------------------------------------------------------------------------
+
+    @property
+    def proof(self) -> Proof | None:
+        """What the comparison with the members' own forwards showed; None until there was a batch for one."""
+        return self.execution.proof
+
+    def describe(self) -> Description:
+        """Members with SHA-256, dtype, device, how the forward is run and why, the proof, labels."""
+        labels = self.task.labels
+        return Description(
+            self.summary(),
+            [dataclasses.asdict(member) for member in self.forward.members.members],
+            {k: v for k, v in dataclasses.asdict(self.settings).items() if v is not None},
+            [labels[index] for index in sorted(labels)],
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The description without members, settings and labels: what a log line at the start says."""
+        settings = self.settings
         return {
-            "ensemble": self.settings.name,
+            "ensemble": settings.name,
             "version": __version__,
-            "architecture": self.architecture,
-            "size": len(self.forward.members.names),
-            "dtype": self.settings.dtype,
+            "architecture": self.task.architecture,
+            "size": len(self.names),
+            "dtype": settings.dtype,
             "precision": self.precision.summary() if self.precision else None,
-            "device": str(self.device),
-            "threads": self.threads,
+            "device": str(self.task.place.device),
+            "threads": self.task.place.threads,
             "execution": {
-                "asked": self.settings.execution,
+                "asked": settings.execution,
                 "serves": self.execution.name,
                 "reason": self.execution.reason,
-                "candidates": [asdict(candidate) for candidate in self.execution.candidates],
+                "candidates": [dataclasses.asdict(candidate) for candidate in self.execution.candidates],
             },
-            "equivalence": asdict(self.proof),
-            "load_s": {name: round(seconds, 3) for name, seconds in self.phases_s.items()},
+            "equivalence": dataclasses.asdict(self.proof) if self.proof else None,
+            "load_s": self.timed.rounded(),
         }
+
+
+def _opened(item: Any) -> Any:
+    """A path as the bytes of its file, JSON as what it says; anything else as it is."""
+    if not isinstance(item, Path):
+        return item
+    data = item.read_bytes()
+    return json.loads(data) if item.suffix == ".json" else data
+
+
+def _numbered(error: ItemError, index: int) -> ItemError:
+    numbered = copy.copy(error)
+    numbered.args = (f"item {index}: {error}",)
+    return numbered
+
+
+def _move(argument: Any, place: Place) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.to(place.device, place.dtype if argument.is_floating_point() else None)

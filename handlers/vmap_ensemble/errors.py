@@ -23,8 +23,40 @@ class ArchiveError(EnsembleError):
     """An archive can't be built as asked."""
 
 
-class RequestError(EnsembleError):
-    """One request can't be answered; its neighbours in the batch can.
+class ItemError(EnsembleError):
+    """One item can't be answered; its neighbours in the batch can. The text reaches whoever sent the item."""
+
+
+class UnreadableItem(ItemError):
+    """It is empty, broken, or lacks what its kind needs."""
+
+
+class TooLargeItem(ItemError):
+    """It is more than the settings allow."""
+
+
+class UnknownKind(ItemError):
+    """It is of another kind than what is served: text where images are, or an unknown file format."""
+
+
+class UnfitItem(ItemError):
+    """It can be read, and says what can't be done: a wrong shape, an unknown member or label."""
+
+
+class NotOffered(ItemError):
+    """What is asked of it isn't served here."""
+
+
+class NoAnswer(ItemError):
+    """No member gives a finite output for it."""
+
+
+class OutOfMemory(ItemError):
+    """There is not enough memory for it alone."""
+
+
+class RequestError(ItemError):
+    """One request of a server can't be answered; its neighbours in the batch can.
 
     Args:
         status: HTTP status of this request alone, 400 to 599.

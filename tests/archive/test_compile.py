@@ -69,17 +69,17 @@ def test_the_archive_serves_its_native_code(unpacked):
         ("compiled/batch-2-4.pt2", 2, 4),
     ]
     handler = serve(unpacked, execution="compiled")
-    assert isinstance(handler.execution.run, CompiledForward)
+    assert isinstance(handler.ensemble.execution.run, CompiledForward)
     for batch in (1, 2, 3, 4, 9):
         x = torch.randn(batch, 3)
-        torch.testing.assert_close(handler.run(x), handler.forward.loop(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(handler.ensemble.run(x), handler.ensemble.forward.loop(x), rtol=1e-5, atol=1e-6)
 
 
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_auto_measures_it_as_a_candidate(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr("vmap_ensemble.ensemble.CACHE", tmp_path)
-    candidates = {candidate.name: candidate for candidate in serve(unpacked).execution.candidates}
+    monkeypatch.setattr("vmap_ensemble.starting.CACHE", tmp_path)
+    candidates = {candidate.name: candidate for candidate in serve(unpacked).ensemble.execution.candidates}
     assert candidates["compiled"].latency_ms
     assert candidates["compiled"].refused is None
 
@@ -108,14 +108,14 @@ def test_code_for_something_else_is_refused(unpacked, name):
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_under_auto_a_mismatch_is_a_reason_and_is_counted(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr("vmap_ensemble.ensemble.CACHE", tmp_path)
+    monkeypatch.setattr("vmap_ensemble.starting.CACHE", tmp_path)
     recorded = []
     monkeypatch.setattr(
         "vmap_ensemble.frontends.torchserve.metrics.Metrics.record", lambda self, *row: recorded.append(row)
     )
     retarget(unpacked, torch="1.0")
     handler = serve(unpacked)
-    (candidate,) = [c for c in handler.execution.candidates if c.name == "compiled"]
+    (candidate,) = [c for c in handler.ensemble.execution.candidates if c.name == "compiled"]
     assert "compiled for 1.0" in candidate.refused
     assert ("EnsembleFallbacks", 1, "compiled refused") in recorded
 

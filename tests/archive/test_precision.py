@@ -57,7 +57,7 @@ def test_int8_is_calibrated_packed_and_served(project, make_model, make_context,
     assert "int8 changes 0 of 10 predictions (0.00%)" in capsys.readouterr().out
     handler = MnistHandler()
     handler.initialize(make_context(folder))
-    assert handler.execution.name == "int8"
+    assert handler.ensemble.execution.name == "int8"
     assert handler.describe_handle()["precision"]["samples"] == 10
     rows = [{"body": path.read_bytes()} for path in sorted(DIGITS.glob("*.png"))]
     answers = [answer for status, answer in ask(handler, rows) if status == 200]

@@ -29,9 +29,9 @@ HANDLER = """from vmap_ensemble.frontends.torchserve.handler import VmapEnsemble
 from vmap_ensemble.tasks.text.settings import TextSettings
 class TinyTextHandler(VmapEnsembleHandler):
     settings_class = TextSettings
-    @property
-    def architecture(self):
-        return self.settings.architecture or f"transformers:{self.settings.mode}"
+    @classmethod
+    def architecture_of(cls, settings):
+        return settings.architecture or f"transformers:{settings.mode}"
 """
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran"]
 SIZES: dict[str, Any] = {

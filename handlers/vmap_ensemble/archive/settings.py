@@ -84,6 +84,33 @@ class Settings:
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
+def read_block(folder: Path) -> dict[str, Any]:
+    """What setup_config.json of an unpacked archive says, unchecked.
+
+    Raises:
+        SettingsError: The file is missing or no JSON object.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        block = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{SETTINGS_FILE}: not in the archive; build archives with ./archive.sh") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{SETTINGS_FILE}: expected JSON, got {error}") from None
+    if not isinstance(block, dict):
+        raise SettingsError(f"{SETTINGS_FILE}: expected a JSON object, got {type(block).__name__}")
+    return block
+
+
+def override_settings(settings: SettingsType, given: Mapping[str, Any]) -> SettingsType:
+    """Settings with some of them replaced, checked like the others.
+
+    Raises:
+        SettingsError: As `parse_settings`.
+    """
+    return parse_settings({**dataclasses.asdict(settings), **given}, type(settings), "options")
+
+
 def load_settings(folder: Path, kind: type[SettingsType], worker: Mapping[str, Any] | None = None) -> SettingsType:
     """Read the settings of an unpacked archive.
 
@@ -95,15 +122,7 @@ def load_settings(folder: Path, kind: type[SettingsType], worker: Mapping[str, A
     Raises:
         SettingsError: The file is missing or no JSON object, or a key or value is wrong.
     """
-    path = Path(folder) / SETTINGS_FILE
-    try:
-        block = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{SETTINGS_FILE}: not in the archive; build archives with ./archive.sh") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{SETTINGS_FILE}: expected JSON, got {error}") from None
-    if not isinstance(block, dict):
-        raise SettingsError(f"{SETTINGS_FILE}: expected a JSON object, got {type(block).__name__}")
+    block = read_block(folder)
     worker = dict(worker or {})
     # TorchServe's own key in the same section (handler_utils/timer.py), not ours to judge.
     worker.pop("profile", None)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmap_ensemble.encoders.batching_rules import peel, run_on_members
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import UnreadableItem
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def pack(attention_mask: Tensor) -> Packing:
         attention_mask: (B, S) of 0 and 1; each text has at least one token, anywhere in its row.
 
     Raises:
-        RequestError: A text has no token.
+        ItemError: A text has no token.
     """
     mask = attention_mask.bool().cpu()
     lengths = mask.sum(1)
     if not bool(lengths.all()):
-        raise RequestError(400, f"text {int(lengths.argmin())} of the batch has no token; expected at least one")
+        raise UnreadableItem(f"text {int(lengths.argmin())} of the batch has no token; expected at least one")
     order = lengths.argsort(stable=True)
     rows, columns = mask[order].nonzero(as_tuple=True)
     index = order[rows] * mask.shape[1] + columns

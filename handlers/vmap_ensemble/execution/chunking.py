@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.errors import RequestError, first_line
+from vmap_ensemble.errors import OutOfMemory, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ChunkedRun:
         """Run the batch, in chunks once it has been found not to fit.
 
         Raises:
-            RequestError: 507 if one row of one member runs out of memory.
+            ItemError: if one row of one member runs out of memory.
         """
         batch = _batch_of(args)
         while True:
@@ -71,7 +71,7 @@ class ChunkedRun:
         elif members > 1:
             self.safe_members = members // 2
         else:
-            raise RequestError(507, "the model ran out of memory on a single example; send a smaller one")
+            raise OutOfMemory("the model ran out of memory on a single example; send a smaller one")
         logger.warning(
             "out of memory on %d rows of %d members, now %s rows of %s members at a time: %s",
             rows,

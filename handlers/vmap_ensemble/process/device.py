@@ -22,9 +22,15 @@ def configure_torch(threads: int, float32_matmul_precision: str) -> None:
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
-    # TorchServe's base handler turns TF32 on at import on Ampere and later; the settings decide here.
-    torch.set_float32_matmul_precision(float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"
+    set_float32_precision(float32_matmul_precision)
+
+
+def set_float32_precision(precision: str) -> None:
+    """Let float32 products and convolutions of this process use TF32 or not: `highest`, `high` or `medium`."""
+    # TorchServe's base handler turns TF32 on at import on Ampere and later, and torch's convolutions have it on by
+    # default; the settings decide here.
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def choose_device(name: str | None, gpu_id: int | None = None) -> torch.device:

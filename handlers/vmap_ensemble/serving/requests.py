@@ -198,6 +198,6 @@ def wrap_answers(request: Request, answers: list[dict[str, Any]], model_name: st
     return answers if request.envelope == "list" else answers[0]
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
+def error_body(status: int, message: str) -> dict[str, Any]:
     """The JSON body of a refused request; over gRPC, which drops statuses, it is all a client sees."""
-    return {"error": {"code": error.status, "message": error.message}}
+    return {"error": {"code": status, "message": message}}

@@ -35,3 +35,7 @@ class Answer:
     body: dict[str, Any]
     mutual_information: float | None = None
     left_out: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The body as JSON: the text that a server sends."""
+        return dump_json(self.body)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError, NoAnswer
 from vmap_ensemble.tasks.answers import Answer, Options
 
 
@@ -30,7 +30,7 @@ class ClassAnswers:
         """The label of a class."""
         return self.labels.get(index, str(index))
 
-    def __call__(self, logits: Tensor, weights: Tensor, options: Sequence[Options]) -> list[Answer | RequestError]:
+    def __call__(self, logits: Tensor, weights: Tensor, options: Sequence[Options]) -> list[Answer | ItemError]:
         """Answer a batch.
 
         Args:
@@ -44,11 +44,11 @@ class ClassAnswers:
         asked = (weights > 0).T.tolist()
         return [self._answer(rows, b, option, asked[b]) for b, option in enumerate(options)]
 
-    def _answer(self, rows: _Rows, b: int, options: Options, asked: list[bool]) -> Answer | RequestError:
+    def _answer(self, rows: _Rows, b: int, options: Options, asked: list[bool]) -> Answer | ItemError:
         used = [m for m, is_used in enumerate(rows.used[b]) if is_used]
         left_out = tuple(self.names[m] for m, wanted in enumerate(asked) if wanted and not rows.finite[b][m])
         if not used:
-            return RequestError(500, "no member gave a finite output for this input")
+            return NoAnswer("no member gave a finite output for this input")
         top = list(zip(rows.top[b], rows.top_probabilities[b], strict=True))[: options.top_k or self.settings.top_k]
         if self.settings.response == "torchserve":
             # Labels may repeat (ImageNet has two cranes): from the last to the first, so that the larger stays.

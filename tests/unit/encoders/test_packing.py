@@ -18,7 +18,7 @@ from vmap_ensemble.encoders.attention import attend_packed
 from vmap_ensemble.encoders.build import build_encoder_forward
 from vmap_ensemble.encoders.forward import PackedEncoderForward, find_encoder
 from vmap_ensemble.encoders.packing import boundaries, pack, take_first, unpack
-from vmap_ensemble.errors import LoadError, RequestError
+from vmap_ensemble.errors import ItemError, LoadError
 
 BASE = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -184,7 +184,7 @@ def test_unpack_puts_tokens_back_and_zeros_the_rest():
 
 
 def test_a_text_without_tokens_is_refused():
-    with pytest.raises(RequestError, match="text 1 of the batch has no token; expected at least one"):
+    with pytest.raises(ItemError, match="text 1 of the batch has no token; expected at least one"):
         pack(torch.tensor([[1, 1], [0, 0]]))
 
 

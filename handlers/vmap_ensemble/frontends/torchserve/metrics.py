@@ -7,9 +7,6 @@ import socket
 import time
 from typing import Any
 
-from ts.metrics.metric_cache_errors import MetricsCacheKeyError
-from ts.metrics.metric_type_enum import MetricTypes
-
 from vmap_ensemble.errors import SettingsError
 
 # The logger that TorchServe's own metrics go to: whoever sends those elsewhere has ours there, too.
@@ -17,15 +14,15 @@ TORCHSERVE_METRICS = logging.getLogger("ts.metrics.caching_metric")
 
 # Name -> (type, unit, own dimensions). Values are matched to dimensions by position: own ones first, then
 # ModelName and Level. TorchServe's histogram buckets are fixed at 0.005 to 10, so times are in seconds.
-METRICS: dict[str, tuple[MetricTypes, str, tuple[str, ...]]] = {
-    "EnsembleParseTime": (MetricTypes.HISTOGRAM, "seconds", ()),
-    "EnsembleForwardTime": (MetricTypes.HISTOGRAM, "seconds", ()),
-    "EnsembleRespondTime": (MetricTypes.HISTOGRAM, "seconds", ()),
-    "EnsembleBatchSize": (MetricTypes.HISTOGRAM, "count", ()),
-    "EnsembleMutualInformation": (MetricTypes.HISTOGRAM, "nats", ()),
-    "EnsembleRefusedRequests": (MetricTypes.COUNTER, "count", ("Status",)),
-    "EnsembleNonFiniteMembers": (MetricTypes.COUNTER, "count", ("Member",)),
-    "EnsembleFallbacks": (MetricTypes.COUNTER, "count", ("Reason",)),
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "EnsembleParseTime": ("HISTOGRAM", "seconds", ()),
+    "EnsembleForwardTime": ("HISTOGRAM", "seconds", ()),
+    "EnsembleRespondTime": ("HISTOGRAM", "seconds", ()),
+    "EnsembleBatchSize": ("HISTOGRAM", "count", ()),
+    "EnsembleMutualInformation": ("HISTOGRAM", "nats", ()),
+    "EnsembleRefusedRequests": ("COUNTER", "count", ("Status",)),
+    "EnsembleNonFiniteMembers": ("COUNTER", "count", ("Member",)),
+    "EnsembleFallbacks": ("COUNTER", "count", ("Reason",)),
 }
 
 
@@ -49,9 +46,13 @@ class Metrics:
         self._lines: list[str] = []
         if cache is None:
             return
+        # Here: a handler file is imported where TorchServe isn't, too.
+        from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+        from ts.metrics.metric_type_enum import MetricTypes
+
         self._host = socket.gethostname()
-        for name, (kind, unit, dimensions) in METRICS.items():
-            names = [*dimensions, "ModelName", "Level"]
+        for name, (kind_name, unit, dimensions) in METRICS.items():
+            kind, names = MetricTypes[kind_name], [*dimensions, "ModelName", "Level"]
             try:
                 self._metrics[name] = metric = cache.get_metric(name, kind)
             except MetricsCacheKeyError:

@@ -1,4 +1,4 @@
-"""Turns images of requests into examples: what the MNIST and torchvision handlers have in common."""
+"""Turns images into examples, and their classification into answers: what tasks on images have in common."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vmap_ensemble.archive.precision import read_precision
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.execution.choice_cache import Candidate
 from vmap_ensemble.execution.int8.forward import QuantisedForward, quantise_forward
 from vmap_ensemble.execution.modes import Execution
-from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
+from vmap_ensemble.process import phases
+from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.images.batch_rows import allocate_rows, copy_rows, join_rows
-from vmap_ensemble.tasks.images.decoding import check_resize, check_shape, decode_image, read_item
+from vmap_ensemble.tasks.images.decoding import check_resize, check_shape, decode_image, read_item, to_mode
 from vmap_ensemble.tasks.images.settings import VisionSettings
+from vmap_ensemble.tasks.task import Task
 
 # Scaled decoding leaves so many times the pixels that the transform resizes to: resizing then still averages, and the
 # answers stay closer (benchmarks/scaled_decoding.py).
 SCALED_DECODING_MARGIN = 2
 
 
-class ImageEnsembleHandler(VmapEnsembleHandler):
-    """An ensemble of image classifiers; a subclass says how an image becomes a tensor.
+class ImageTask(Task):
+    """Classification of images; a subclass says how an image becomes a tensor.
 
     Attributes:
         mode: Pillow mode that images are brought into, `RGB` or `L`.
@@ -39,63 +42,69 @@ class ImageEnsembleHandler(VmapEnsembleHandler):
     threads_from_bytes = 0  # Pillow decodes and resizes without the interpreter's lock
     channels_last = False
 
-    def load_forward(self) -> EnsembleForward:
-        """As for every handler; with quantization, in 8 bits.
+    def make_forward(self, timed: Phases) -> EnsembleForward:
+        """As for every task; with quantization, in 8 bits.
 
         Raises:
             LoadError: The archive was built without samples to calibrate on, or they don't fit its members.
         """
-        forward = super().load_forward()
+        forward = super().make_forward(timed)
         if not self.settings.quantization:
             return forward
-        with self._phase("quantise"):
-            return quantise_forward(forward, self.precision, self.collate(self.sample_examples(1)))
+        with timed(phases.QUANTISE):
+            precision = read_precision(self._folder())
+            return quantise_forward(forward, precision, self.collate(self.sample_examples(1)))
 
-    def choose_execution(self, config: dict[str, Any]) -> None:
-        """As for every handler; 8-bit members have one way to run, since float32 would give other answers."""
-        if isinstance(self.forward, QuantisedForward):
-            self.execution = Execution("int8", f"asked for: {self.forward.reason}", [Candidate("int8")], self.forward)
-            self.run = self.chunked(self.execution)
-        else:
-            super().choose_execution(config)
-        self.channels_last = getattr(self.execution.run, "channels_last", False)
+    def only_execution(self, forward: EnsembleForward) -> Execution | None:
+        """8-bit members have one way to run, since float32 would give other answers."""
+        if isinstance(forward, QuantisedForward):
+            return Execution("int8", f"asked for: {forward.reason}", [Candidate("int8")], forward)
+        return super().only_execution(forward)
+
+    def lay_out(self, channels_last: bool) -> None:
+        """Batches are written in the memory format that the forward takes."""
+        self.channels_last = channels_last
 
     def transform(self, image: Image.Image, row: Tensor) -> None:
         """Write an image as the model's input into `row`, (channels, height, width) float32 on the host."""
         raise NotImplementedError(f"{type(self).__name__} must define transform(image, row)")
 
     def parse(self, item: Any) -> Tensor:
-        """Read an image file, base64 of one, or a tensor in the model's own input space.
+        """Read an image file, base64 of one, a Pillow image, or a tensor in the model's own input space.
 
         Raises:
-            RequestError: 400 broken, 413 too large, 415 not an image, 422 wrong shape or not finite.
+            ItemError: Broken, too large, not an image, of the wrong shape or not finite.
         """
         return self._fill(item, self._allocate(1)[0])
 
     def parse_items(self, items: Sequence[Any]) -> list[Any]:
-        """As for every handler, each example written into its row of one batch; a bad item's stays unused."""
-        if type(self).parse is not ImageEnsembleHandler.parse:  # one's own parse brings its own tensors
+        """As for every task, each example written into its row of one batch; a bad item's stays unused."""
+        if type(self).parse is not ImageTask.parse:  # one's own parse brings its own tensors
             return super().parse_items(items)
         rows = iter(self._allocate(len(items)).unbind())
         return self.try_all(lambda pair: self._fill(*pair), list(zip(items, rows, strict=True)))
 
     def collate(self, examples: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The batch whose rows the examples are, (B, C, H, W) on the device; copied only if they lie apart."""
+        place = self.place
         batch = join_rows(examples)
         if batch is None:
-            batch = copy_rows(examples, self.channels_last, self.device.type == "cuda")
-        return (batch.to(self.device, self.dtype, non_blocking=True),)
+            batch = copy_rows(examples, self.channels_last, place.device.type == "cuda")
+        return (batch.to(place.device, place.dtype, non_blocking=True),)
 
     def _allocate(self, count: int) -> Tensor:
-        return allocate_rows(count, self.input_shape, self.channels_last, self.device.type == "cuda")
+        return allocate_rows(count, self.input_shape, self.channels_last, self.place.device.type == "cuda")
 
     def _fill(self, item: Any, row: Tensor) -> Tensor:
-        read = read_item(item)
+        read = item if isinstance(item, (Tensor, Image.Image)) else read_item(item)
         if isinstance(read, Tensor):
-            np.copyto(row.numpy(), check_shape(read, self.input_shape).numpy())
+            np.copyto(row.numpy(), check_shape(read, self.input_shape).cpu().numpy())
             return row
-        least = SCALED_DECODING_MARGIN * self.short_side if self.settings.jpeg_scaled_decoding else None
-        image = decode_image(read, self.mode, self.settings.max_pixels, least)
+        image = to_mode(read, self.mode) if isinstance(read, Image.Image) else self._decode(read)
         check_resize(image, self.short_side, self.settings.max_pixels)
         self.transform(image, row)
         return row
+
+    def _decode(self, data: bytes) -> Image.Image:
+        least = SCALED_DECODING_MARGIN * self.short_side if self.settings.jpeg_scaled_decoding else None
+        return decode_image(data, self.mode, self.settings.max_pixels, least)

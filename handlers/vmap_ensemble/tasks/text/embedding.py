@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vmap_ensemble.core.aggregate import share_weights
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
 from vmap_ensemble.tasks.text.mode import TextExample, TextMode
@@ -30,7 +30,7 @@ class Embedding(TextMode):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its last hidden states (M, B, S, H)."""
         hidden = outputs["last_hidden_state"].float()
         own = normalize(self._pool(hidden, examples), dim=-1)

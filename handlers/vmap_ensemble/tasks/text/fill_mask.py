@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vmap_ensemble.core.aggregate import combine_classes
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError, UnfitItem
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
 from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode, as_number, unknown_target
@@ -27,14 +27,14 @@ class FillMask(TextMode):
         """A text with at least one mask."""
         text = read_text_item(item, self.settings.max_characters).text
         if self.tokenizer.mask_token not in text:
-            raise RequestError(422, f"the text has no {self.tokenizer.mask_token} to fill")
+            raise UnfitItem(f"the text has no {self.tokenizer.mask_token} to fill")
         return TextInput(text)
 
     def encode(self, item: Any) -> TextExample:
         """Tokenise; a mask that max_length cuts off is refused."""
         example = super().encode(item)
         if self.tokenizer.mask_token_id not in example.windows[0].arrays["input_ids"]:
-            raise RequestError(422, f"{self.tokenizer.mask_token} is beyond the first {self.max_length} tokens")
+            raise UnfitItem(f"{self.tokenizer.mask_token} is beyond the first {self.max_length} tokens")
         return example
 
     def sample_items(self, count: int) -> list[Any]:
@@ -43,7 +43,7 @@ class FillMask(TextMode):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, S, V); only the masks' rows are combined."""
         logits = outputs["logits"]
         places = [
@@ -57,7 +57,7 @@ class FillMask(TextMode):
         masks = combine_classes(
             logits[:, rows, columns], weights[:, rows], settings.aggregation, settings.temperature
         )
-        answers: list[Answer | RequestError] = []
+        answers: list[Answer | ItemError] = []
         for b, option in enumerate(options):
             own = [k for k, (row, _) in enumerate(places) if row == b]
             finite = masks.finite[:, own].all(1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import TooLargeItem, UnreadableItem
 
 TEXT_KEYS = ("text", "data", "body")
 
@@ -23,7 +23,7 @@ def read_text_item(item: Any, max_characters: int) -> TextInput:
     """Read a text, or {"text": …}, {"text": …, "text_pair": …}.
 
     Raises:
-        RequestError: 400 where there is no proper text, 413 where it is too long.
+        ItemError: where there is no proper text, 413 where it is too long.
     """
     if not isinstance(item, Mapping):
         return TextInput(read_text(item, "text", max_characters))
@@ -32,17 +32,17 @@ def read_text_item(item: Any, max_characters: int) -> TextInput:
             pair = item.get("text_pair")
             second = None if pair is None else read_text(pair, "text_pair", max_characters)
             return TextInput(read_text(item[key], key, max_characters), second)
-    raise RequestError(400, 'expected a text, or a JSON object {"text": …} with "text_pair" for pairs')
+    raise UnreadableItem('expected a text, or a JSON object {"text": …} with "text_pair" for pairs')
 
 
 def read_question_item(item: Any, max_characters: int) -> TextInput:
     """Read {"question": …, "context": …}.
 
     Raises:
-        RequestError: 400 where a key is missing or no proper text, 413 where one is too long.
+        ItemError: where a key is missing or no proper text, 413 where one is too long.
     """
     if not isinstance(item, Mapping) or not {"question", "context"} <= set(item):
-        raise RequestError(400, 'expected a JSON object {"question": …, "context": …}')
+        raise UnreadableItem('expected a JSON object {"question": …, "context": …}')
     return TextInput(
         read_text(item["question"], "question", max_characters), read_text(item["context"], "context", max_characters)
     )
@@ -52,21 +52,21 @@ def read_text(value: Any, name: str, max_characters: int) -> str:
     """Check one text: UTF-8, not empty, no NUL bytes or lone surrogates, not too long.
 
     Raises:
-        RequestError: 400, or 413 where it is too long.
+        ItemError: 400, or 413 where it is too long.
     """
     if isinstance(value, (bytes, bytearray)):
         try:
             value = bytes(value).decode("utf-8")
         except UnicodeDecodeError:
-            raise RequestError(400, f"{name}: expected UTF-8") from None
+            raise UnreadableItem(f"{name}: expected UTF-8") from None
     if not isinstance(value, str):
-        raise RequestError(400, f"{name}: expected text, got {type(value).__name__}")
+        raise UnreadableItem(f"{name}: expected text, got {type(value).__name__}")
     if len(value) > max_characters:
-        raise RequestError(413, f"{name}: {len(value)} characters; at most {max_characters} are read")
+        raise TooLargeItem(f"{name}: {len(value)} characters; at most {max_characters} are read")
     if not value.strip():
-        raise RequestError(400, f"{name}: the text is empty")
+        raise UnreadableItem(f"{name}: the text is empty")
     if "\0" in value:
-        raise RequestError(400, f"{name}: the text holds NUL characters")
+        raise UnreadableItem(f"{name}: the text holds NUL characters")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RequestError(400, f"{name}: the text holds lone surrogates, which are no characters")
+        raise UnreadableItem(f"{name}: the text holds lone surrogates, which are no characters")
     return value

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vmap_ensemble.core.aggregate import summands
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError, NoAnswer, NotOffered, UnfitItem
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput
 from vmap_ensemble.tasks.text.settings import TextSettings
@@ -84,7 +84,7 @@ class TextMode(ABC):
     @abstractmethod
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
 
     # What a request calls the first and the second text.
@@ -111,9 +111,9 @@ class TextMode(ABC):
             example: The text.
 
         Raises:
-            RequestError: 501 where the mode has nothing to explain, 422 for an unknown target.
+            ItemError: where the mode has nothing to explain, 422 for an unknown target.
         """
-        raise RequestError(501, f"mode '{self.settings.mode}' has nothing to explain")
+        raise NotOffered(f"mode '{self.settings.mode}' has nothing to explain")
 
     def encode(self, item: Any) -> TextExample:
         """Read an item and tokenise it; what exceeds max_length is cut off."""
@@ -141,7 +141,7 @@ class TextMode(ABC):
             default: Classes where none is wanted.
 
         Raises:
-            RequestError: 422 for a label that isn't there.
+            ItemError: for a label that isn't there.
         """
         if wanted is None:
             return default
@@ -154,9 +154,9 @@ class TextMode(ABC):
                 raise unknown_target(name, "a label, its number, or 'all'")
         return list(dict.fromkeys(index for index in picked if index is not None))
 
-    def unusable(self) -> RequestError:
+    def unusable(self) -> ItemError:
         """The reply where no member gave a finite output."""
-        return RequestError(500, "no member gave a finite output for this input")
+        return NoAnswer("no member gave a finite output for this input")
 
     def answer_each(
         self,
@@ -165,7 +165,7 @@ class TextMode(ABC):
         finite: Tensor,
         body_of: Callable[[int], dict[str, Any]],
         member_of: Callable[[int, int], dict[str, Any]],
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """One answer per example, from its own body and, where asked for, one row per member.
 
         Args:
@@ -175,7 +175,7 @@ class TextMode(ABC):
             body_of: Number of the example -> its prediction and uncertainty.
             member_of: Numbers of member and example -> what that member says.
         """
-        answers: list[Answer | RequestError] = []
+        answers: list[Answer | ItemError] = []
         for b, option in enumerate(options):
             ensemble, left_out = self.ensemble_body(option, asked[:, b], finite[:, b])
             if not ensemble["used"]:
@@ -242,6 +242,6 @@ def as_number(name: str | int, count: int) -> int | None:
     return number if number < count else None
 
 
-def unknown_target(name: str | int, expected: str) -> RequestError:
+def unknown_target(name: str | int, expected: str) -> ItemError:
     """The reply to a target that isn't there."""
-    return RequestError(422, f"target: unknown '{str(name)[:80]}'; expected {expected}")
+    return UnfitItem(f"target: unknown '{str(name)[:80]}'; expected {expected}")

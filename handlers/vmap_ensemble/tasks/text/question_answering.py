@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError, UnreadableItem
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput, read_question_item
 from vmap_ensemble.tasks.text.mode import (
@@ -56,7 +56,7 @@ class QuestionAnswering(TextMode):
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
         question = len(self.tokenizer(text.text, add_special_tokens=False)["input_ids"])
         if question > room // 2:
-            raise RequestError(400, f"question: {question} tokens; at most {room // 2} leave room for the context")
+            raise UnreadableItem(f"question: {question} tokens; at most {room // 2} leave room for the context")
         stride = min(self.settings.doc_stride, (room - question) // 2)
         encoded = self.tokenizer(
             text.text,
@@ -75,7 +75,7 @@ class QuestionAnswering(TextMode):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its start and end logits, each (M, R, S) with R windows."""
         owners = rows_of(examples)
         windows = [window for example in examples for window in example.windows]
@@ -143,7 +143,7 @@ class QuestionAnswering(TextMode):
         weights: Tensor,
         options: Options,
         example: TextExample,
-    ) -> Answer | RequestError:
+    ) -> Answer | ItemError:
         start, end = sides
         finite = start.finite[:, rows].all(1) & end.finite[:, rows].all(1)
         ensemble, left_out = self.ensemble_body(options, weights > 0, finite)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmap_ensemble.core.aggregate import combine_classes, entropy, share_weights
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.classification import ClassAnswers
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
@@ -30,7 +30,7 @@ class SingleLabel(TextMode):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, C)."""
         return self.class_answers(outputs["logits"], weights, options)
 
@@ -75,7 +75,7 @@ class MultiLabel(SingleLabel):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, L): the mean of the members' sigmoids per label."""
         logits = outputs["logits"].float() / self.settings.temperature
         finite, asked = logits.isfinite().all(-1), weights > 0
@@ -95,7 +95,7 @@ class MultiLabel(SingleLabel):
 
     def _answer(
         self, mixture: Tensor, own: Tensor, four: list[float], asked: Tensor, finite: Tensor, options: Options
-    ) -> Answer | RequestError:
+    ) -> Answer | ItemError:
         ensemble, left_out = self.ensemble_body(options, asked, finite)
         if not ensemble["used"]:
             return self.unusable()
@@ -143,7 +143,7 @@ class Regression(SingleLabel):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its outputs (M, B, L)."""
         values = outputs["logits"].float()
         finite, asked = values.isfinite().all(-1), weights > 0

@@ -1,81 +1,64 @@
-"""Turns an archive's settings and tokenizer into a text mode, and joins it with the base handler.
+"""Turns an archive's settings and tokenizer into a text mode: what tasks on texts have in common.
 
-What handlers of encoders have in common, be their members weights (bert_handler) or traced modules.
+The members may be weights (encoder_task.py) or traced modules (traced_task.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vmap_ensemble.archive.labels import read_labels
-from vmap_ensemble.errors import LoadError, RequestError, SettingsError
-from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
+from vmap_ensemble.archive.settings import Settings
+from vmap_ensemble.errors import ItemError, LoadError, SettingsError
 from vmap_ensemble.models.transformers import LABELLED_MODES, PRETRAINED_FOLDER
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
-from vmap_ensemble.tasks.text.embedding import Embedding
-from vmap_ensemble.tasks.text.fill_mask import FillMask
+from vmap_ensemble.tasks.task import Place, Task
 from vmap_ensemble.tasks.text.mode import TextExample, TextMode, pad_windows
-from vmap_ensemble.tasks.text.question_answering import QuestionAnswering
-from vmap_ensemble.tasks.text.sequence_classification import MultiLabel, Regression, SingleLabel
+from vmap_ensemble.tasks.text.register import mode_class
 from vmap_ensemble.tasks.text.settings import TextSettings
-from vmap_ensemble.tasks.text.token_classification import TokenClassification
-
-MODES: dict[str, type[TextMode]] = {
-    "token_classification": TokenClassification,
-    "question_answering": QuestionAnswering,
-    "fill_mask": FillMask,
-    "embedding": Embedding,
-}
-SEQUENCE_KINDS: dict[str, type[TextMode]] = {
-    "single_label": SingleLabel,
-    "multi_label": MultiLabel,
-    "regression": Regression,
-}
 
 
-class TextEnsembleHandler(VmapEnsembleHandler):
-    """An ensemble that takes texts; what is asked of them is a mode."""
+class TextTask(Task):
+    """A mode of an encoder: what is asked of texts.
+
+    Args:
+        settings: The archive's settings; they name the mode.
+        place: What it may read, and where it computes.
+        config: The members' transformers config.
+
+    Attributes:
+        tokenizer: A fast tokenizer of transformers.
+        mode: What is asked of a text.
+        argument_names: The model's arguments, in order, that the tokenizer gives.
+        pads: Argument -> what fills it behind a text's end.
+    """
 
     settings_class: type[TextSettings] = TextSettings
     lists_are_batches = True
+    argument_names: list[str]
 
-    @property
-    def architecture(self) -> str:
-        """The transformers class that belongs to the mode."""
-        return self.settings.architecture or f"transformers:{self.settings.mode}"
-
-    def prepare_text(self, model: nn.Module | None, config: Any, names: Sequence[str]) -> None:
-        """Load the tokenizer and make the mode; called once members are known.
-
-        Args:
-            model: The architecture; None for traced members, which take ids and mask alone.
-            config: Its transformers config.
-            names: The members.
-        """
-        from transformers import AutoTokenizer  # here: it takes seconds, and image archives never need it
-
-        settings = self.settings
-        options = {} if settings.do_lower_case is None else {"do_lower_case": settings.do_lower_case}
-        folder = self.folder / PRETRAINED_FOLDER
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, **options)
-        if not self.tokenizer.is_fast:
-            raise LoadError(f"{PRETRAINED_FOLDER}/: expected a fast tokenizer (tokenizer.json), got a slow one")
-        is_labelled = settings.mode in LABELLED_MODES
-        if is_labelled and settings.num_labels and settings.num_labels != config.num_labels:
-            raise SettingsError(
-                f"setup_config.json: num_labels: {settings.num_labels}, but the members have {config.num_labels}"
-            )
-        labels = read_labels(self.folder) or {int(k): str(v) for k, v in config.id2label.items()}
-        self.argument_names = argument_names(model, self.tokenizer.model_input_names)
-        self.mode = mode_class(settings, config)(settings, self.tokenizer, labels, names)
+    def __init__(self, settings: Settings, place: Place, config: Any) -> None:
+        super().__init__(settings, place)
+        self.tokenizer = load_tokenizer(self.settings, place)
+        check_num_labels(self.settings, config)
+        self.mode: TextMode = self._make_mode(config)
         self.pads = {
             "input_ids": self.tokenizer.pad_token_id or 0,
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
+
+    def _make_mode(self, config: Any) -> TextMode:
+        labels = read_labels(self._folder()) or {int(k): str(v) for k, v in config.id2label.items()}
+        return mode_class(self.settings, config)(self.settings, self.tokenizer, labels, self.place.names)
+
+    @classmethod
+    def architecture_of(cls, settings: Any) -> str:
+        """The transformers class that belongs to the mode."""
+        return str(settings.architecture or f"transformers:{settings.mode}")
 
     def default_labels(self) -> dict[int, str]:
         """The labels of the members' config."""
@@ -88,11 +71,12 @@ class TextEnsembleHandler(VmapEnsembleHandler):
     def collate(self, examples: Sequence[TextExample]) -> tuple[Tensor, ...]:
         """Pad the windows of all examples to the longest: one (R, S) int64 tensor per argument of the model."""
         windows = [window for example in examples for window in example.windows]
-        return tuple(tensor.to(self.device) for tensor in pad_windows(windows, self.argument_names, self.pads))
+        device = self.place.device
+        return tuple(tensor.to(device) for tensor in pad_windows(windows, self.argument_names, self.pads))
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """The mode's answers; TorchServe's plain form is for classifiers."""
         return self.mode.answers(outputs, weights, options, examples)
 
@@ -106,21 +90,41 @@ class TextEnsembleHandler(VmapEnsembleHandler):
         return dump_json(item if isinstance(item, dict) else {"text": item}).encode()
 
 
-def mode_class(settings: TextSettings, config: Any) -> type[TextMode]:
-    """The class of a mode; of a sequence classification by the settings' or the config's problem type."""
-    if settings.mode != "sequence_classification":
-        return MODES[settings.mode]
-    theirs = {"multi_label_classification": "multi_label", "regression": "regression"}
-    kind = settings.problem_type or theirs.get(config.problem_type or "")
-    return SEQUENCE_KINDS[kind or ("regression" if config.num_labels == 1 else "single_label")]
+def load_tokenizer(settings: TextSettings, place: Place) -> Any:
+    """The archive's tokenizer; nothing is fetched and no code of it is run.
+
+    Raises:
+        LoadError: It is a slow one, which doesn't say which characters a token stands for.
+    """
+    from transformers import AutoTokenizer  # here: it takes seconds, and image archives never need it
+
+    options = {} if settings.do_lower_case is None else {"do_lower_case": settings.do_lower_case}
+    folder = (place.folder or ".") / PRETRAINED_FOLDER  # type: ignore[operator]
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_fast=True, **options
+    )
+    if not tokenizer.is_fast:
+        raise LoadError(f"{PRETRAINED_FOLDER}/: expected a fast tokenizer (tokenizer.json), got a slow one")
+    return tokenizer
 
 
-def argument_names(model: nn.Module | None, given: Sequence[str]) -> list[str]:
-    """The model's leading arguments among those that the tokenizer gives: vmap maps positional ones only."""
-    if model is None:
-        return ["input_ids", "attention_mask"]
+def check_num_labels(settings: TextSettings, config: Any) -> None:
+    """Refuse a `num_labels` that isn't the members'.
+
+    Raises:
+        SettingsError: Both numbers.
+    """
+    is_labelled = settings.mode in LABELLED_MODES
+    if is_labelled and settings.num_labels and settings.num_labels != config.num_labels:
+        raise SettingsError(
+            f"setup_config.json: num_labels: {settings.num_labels}, but the members have {config.num_labels}"
+        )
+
+
+def argument_names(forward: Callable[..., Any], given: Sequence[str]) -> list[str]:
+    """The forward's leading arguments among those that the tokenizer gives: vmap maps positional ones only."""
     names = []
-    for name in inspect.signature(model.forward).parameters:
+    for name in inspect.signature(forward).parameters:
         if name not in given:
             break
         names.append(name)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
 from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode, Window, as_number, unknown_target
@@ -40,7 +40,7 @@ class TokenClassification(TextMode):
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
-    ) -> list[Answer | RequestError]:
+    ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, S, C)."""
         flat, length = self._combine(outputs["logits"], weights)
         return [self._answer(flat, b, length, weights[:, b], option, examples[b]) for b, option in enumerate(options)]
@@ -91,7 +91,7 @@ class TokenClassification(TextMode):
 
     def _answer(
         self, flat: ClassPrediction, b: int, length: int, weights: Tensor, options: Options, example: TextExample
-    ) -> Answer | RequestError:
+    ) -> Answer | ItemError:
         (window,) = example.windows
         rows = slice(b * length, b * length + len(window))
         finite = flat.finite[:, rows].all(1)

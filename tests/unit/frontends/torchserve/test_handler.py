@@ -68,8 +68,8 @@ def test_batch_of_mixed_subsets_is_one_forward_and_equals_each_alone(make_mnist,
     handler, models = make_mnist(3)
     subsets = [["m0"], ["m1", "m2"], None, ["m2", "m0"]]
     rows = [row(i, top_k=10, **({"subset": s} if s else {})) for i, s in enumerate(subsets)]
-    calls, run = [], handler.run
-    handler.run = lambda *args: calls.append(1) or run(*args)
+    calls, run = [], handler.ensemble.run
+    handler.ensemble.run = lambda *args: calls.append(1) or run(*args)
     replies = ask(handler, rows)
     assert len(calls) == 1
     for seed, (subset, (_, answer)) in enumerate(zip(subsets, replies, strict=True)):
@@ -191,7 +191,7 @@ def test_every_bad_request_fails_alone_and_says_why(make_mnist, ask):
         assert (got, body["error"]["code"]) == (status, status), (name, body)
         assert part in body["error"]["message"], (name, body)
         assert "Traceback" not in str(body)
-        assert str(handler.folder) not in str(body)
+        assert str(handler.place.folder) not in str(body)
 
 
 def test_form_encoding_is_explained(make_mnist, ask):
@@ -211,7 +211,7 @@ def test_huge_top_k_gives_all_classes(make_mnist, ask):
 class Strange(MnistHandler):
     """Explains by something JSON doesn't know; `answers` may be broken."""
 
-    def explain_request(self, request):
+    def explain(self, asked, examples, options):
         return {"set": {1}}
 
 
@@ -243,14 +243,14 @@ def test_answer_that_cannot_be_serialised_hurts_no_neighbour(make_mnist, ask):
 @pytest.mark.parametrize(("error", "status"), [(ValueError("secret"), 500), (torch.OutOfMemoryError(), 507)])
 def test_forward_that_fails_for_one_example(error, status, make_mnist, ask, caplog):
     handler, _ = make_mnist(2)
-    run = handler.run
+    run = handler.ensemble.run
 
     def failing(x):
         if (x == 77).any():
             raise error
         return run(x)
 
-    handler.run = failing
+    handler.ensemble.run = failing
     bad = {"body": {"data": np.full((1, 28, 28), 77.0).tolist()}}
     with caplog.at_level(logging.DEBUG):
         replies = ask(handler, [row(0), bad, row(1)])

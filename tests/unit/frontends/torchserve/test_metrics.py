@@ -24,7 +24,7 @@ def test_names_and_dimensions(cache, capsys, caplog):
             metrics.record(name, 2, *("x" for _ in dimensions))
         metrics.flush()
     for name, (kind, _, dimensions) in METRICS.items():
-        metric = cache.get_metric(name, kind)
+        metric = cache.get_metric(name, MetricTypes[kind])
         assert [d.lower() for d in metric.dimension_names[: len(dimensions)]] == [d.lower() for d in dimensions]
         assert list(metric.dimension_names[-2:]) == ["ModelName", "Level"]
         assert f"{name}." in caplog.text + capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_a_batch_is_one_record_of_the_lines_that_torchserve_writes(cache, caplog
         metrics.flush()
         for name, value in values.items():
             own = ["m1"] if METRICS[name][2] else []
-            cache.get_metric(name, METRICS[name][0]).add_or_update(value, [*own, "ens", "Model"])
+            cache.get_metric(name, MetricTypes[METRICS[name][0]]).add_or_update(value, [*own, "ens", "Model"])
     ours, *theirs = caplog.records
     assert ours.getMessage() == "\n".join(record.getMessage() for record in theirs)
     assert ours.name == theirs[0].name

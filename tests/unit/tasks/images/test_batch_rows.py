@@ -73,8 +73,8 @@ def resnet(make_archive, make_context, make_model):
 def test_bad_images_leave_their_rows_out_of_one_batch(resnet, ask, image_file):
     handler = resnet()
     photos = [image_file(noise_image(60 + 10 * seed, 90, seed=seed)) for seed in range(4)]
-    seen, run = [], handler.run
-    handler.run = lambda batch: seen.append(batch) or run(batch)
+    seen, run = [], handler.ensemble.run
+    handler.ensemble.run = lambda batch: seen.append(batch) or run(batch)
     good = [{"body": photo} for photo in photos]
     bad = {"body": b"no image"}
     assert handler.channels_last

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import pil_loader
 
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError
+from vmap_ensemble.serving.statuses import status_of
 from vmap_ensemble.tasks.images.decoding import check_resize, decode_image, read_item
 
 LIMIT = 1_000_000
@@ -71,9 +72,9 @@ def png_header(width, height):
 
 @pytest.mark.parametrize("side", [1001, 12_000, 20_000, 2_000_000])
 def test_too_many_pixels_are_refused_before_decoding(side):
-    with pytest.raises(RequestError, match="pixels") as caught:
+    with pytest.raises(ItemError, match="pixels") as caught:
         decode_image(png_header(side, side), "RGB", LIMIT)
-    assert caught.value.status == 413
+    assert status_of(caught.value) == 413
 
 
 def test_single_pixel(image_file):
@@ -82,32 +83,32 @@ def test_single_pixel(image_file):
 
 @pytest.mark.parametrize(("data", "status"), [(b"hello", 415), (b"", 415), (b"%!PS-Adobe-3.0 EPSF", 415)])
 def test_no_image(data, status):
-    with pytest.raises(RequestError, match="not an image") as caught:
+    with pytest.raises(ItemError, match="not an image") as caught:
         decode_image(data, "RGB", LIMIT)
-    assert caught.value.status == status
+    assert status_of(caught.value) == status
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_cut_or_spoilt_files_are_refused_or_read(kind, image_file):
     data = image_file(sample(), kind)
     rng = np.random.default_rng(0)
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(ItemError) as caught:
         decode_image(data[: len(data) // 2], "RGB", LIMIT)
-    assert caught.value.status in (400, 415)
+    assert status_of(caught.value) in (400, 415)
     for _ in range(60):
         spoilt = bytearray(data)
         for position in rng.integers(0, len(data), 4):
             spoilt[position] = rng.integers(0, 256)
         try:
             decode_image(bytes(spoilt), "RGB", LIMIT)
-        except RequestError as error:
-            assert error.status in (400, 413, 415)  # noqa: PT017 - a spoilt file may as well be read
+        except ItemError as error:
+            assert status_of(error) in (400, 413, 415)  # noqa: PT017 - a spoilt file may as well be read
 
 
 def test_long_thin_image_is_not_resized():
-    with pytest.raises(RequestError, match="1x100000 pixels is too long and thin") as caught:
+    with pytest.raises(ItemError, match="1x100000 pixels is too long and thin") as caught:
         check_resize(Image.new("L", (1, 100_000)), 256, 50_000_000)
-    assert caught.value.status == 413
+    assert status_of(caught.value) == 413
     check_resize(Image.new("L", (500, 400)), 256, 50_000_000)
 
 
@@ -143,7 +144,7 @@ def test_scaled_decoding_comes_close_to_resizing(image_file):
 def test_scaled_decoding_concerns_jpeg_alone_and_no_limit(image_file):
     data = image_file(drawing(800))
     assert np.array_equal(decode_image(data, "RGB", LIMIT, 100), decode_image(data, "RGB", LIMIT))
-    with pytest.raises(RequestError, match="800x800 pixels; at most 639999"):
+    with pytest.raises(ItemError, match="800x800 pixels; at most 639999"):
         decode_image(image_file(drawing(800), "JPEG"), "RGB", 639_999, 100)
 
 
@@ -159,5 +160,5 @@ def test_tensors_keep_their_numbers():
 
 
 def test_two_payloads_are_refused():
-    with pytest.raises(RequestError, match="with one of data, b64, image"):
+    with pytest.raises(ItemError, match="with one of data, b64, image"):
         read_item({"data": [1], "b64": "aa"})

@@ -130,9 +130,9 @@ def test_outputs_equal_the_loop_for_any_lengths(kind, mode, serve):
     examples = [handler.parse(item) for item in items]
     args = handler.collate(examples)
     with torch.inference_mode():
-        ours = handler.forward.comparable(handler.run(*args), args, 1)
+        ours = handler.ensemble.forward.comparable(handler.ensemble.run(*args), args, 1)
     reference = [
-        handler.forward.comparable(output, args, 0)
+        handler.ensemble.forward.comparable(output, args, 0)
         for output in loop(members, dict(zip(handler.argument_names, args, strict=True)))
     ]
     for key in ours:
@@ -191,7 +191,7 @@ def test_entities_have_the_characters_of_their_words(serve, ask):
     for word, label in wanted.items():
         table[VOCABULARY[word], label] = 9.0
     # what the members answer is replaced, so that the expected entities are known
-    handler.run = lambda ids, *_: {"logits": table[ids].expand(2, -1, -1, -1)}
+    handler.ensemble.run = lambda ids, *_: {"logits": table[ids].expand(2, -1, -1, -1)}
     ((status, answer),) = ask(handler, [{"body": text.encode()}])
     assert status == 200
     found = [(e["entity"], e["text"], e["start"], e["end"]) for e in answer["entities"]]

@@ -272,8 +272,8 @@ def test_steps_and_chunks_are_settings(serve, ask):
     handler, _, _ = serve("sequence_classification", config, change=liven, **few)
     (rough,) = explain(ask, handler, TEXT.encode())["explanations"]
     sizes = []
-    member = handler.forward.member
-    handler.forward.member = lambda index, ids, *rest: (sizes.append(len(ids)), member(index, ids, *rest))[1]
+    member = handler.ensemble.forward.member
+    handler.ensemble.forward.member = lambda index, ids, *rest: (sizes.append(len(ids)), member(index, ids, *rest))[1]
     (again,) = explain(ask, handler, TEXT.encode())["explanations"]
     assert again == rough
     assert max(sizes) == 4

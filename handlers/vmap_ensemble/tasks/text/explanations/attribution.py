@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vmap_ensemble.encoders.forward import POSITIONS, EncoderForward, Positions, count_real_tokens
-from vmap_ensemble.errors import RequestError, SettingsError
+from vmap_ensemble.errors import NotOffered, SettingsError
 
 Score = Callable[[Any], Tensor]
 
@@ -95,7 +95,7 @@ class MemberAttribution:
             score: The member's outputs, tensors (K, ...), to (K,): what is explained.
 
         Raises:
-            RequestError: 501 where Captum isn't installed.
+            ItemError: where Captum isn't installed.
         """
         integrate = import_captum()(self._score(member, score), self.layer)
         value, baseline = self.ends(member, text, score)
@@ -158,12 +158,12 @@ def import_captum() -> Any:
     """Captum's LayerIntegratedGradients, imported only once somebody asks for an explanation.
 
     Raises:
-        RequestError: 501, Captum isn't installed.
+        ItemError: 501, Captum isn't installed.
     """
     try:
         from captum.attr import LayerIntegratedGradients
     except ImportError:
-        raise RequestError(
-            501, "explanations need captum, which this server lacks; there: pip install -r requirements-bert.txt"
+        raise NotOffered(
+            "explanations need captum, which this server lacks; there: pip install -r requirements-bert.txt"
         ) from None
     return LayerIntegratedGradients

@@ -61,7 +61,7 @@ class Explainer:
             The body of the answer: `explains`, `explanations` with `words` and `importances`, and `ensemble`.
 
         Raises:
-            RequestError: 500 where no member gave finite scores.
+            ItemError: where no member gave finite scores.
         """
         texts = {target.window: self._encode(example.windows[target.window]) for target in targets}
         asked = weights > 0

@@ -1,0 +1,204 @@
+"""Turns a batch of requests into one reply each, each on its own: the data plane that all servers share.
+
+    read -> parse -> ONE forward -> answer          one reply per request, in order
+
+An error of one request never reaches another; a forward that fails as a whole is run once for each example.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vmap_ensemble.ensemble import Ensemble
+from vmap_ensemble.errors import ItemError, NoAnswer, OutOfMemory, RequestError
+from vmap_ensemble.serving.requests import Request, as_batch, error_body, read_request, wrap_answers
+from vmap_ensemble.serving.statuses import status_of
+from vmap_ensemble.tasks.answers import Answer, Options, dump_json
+
+logger = logging.getLogger(__name__)
+
+Record = Callable[..., None]  # name of a metric, value, own dimensions
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """One request as a server took it.
+
+    Attributes:
+        fields: Name of a multipart field, or `body` -> bytes, text, or JSON that the server has parsed.
+        headers: The request's headers and, under each field's name, that field's own headers.
+        asks: A prediction, an explanation, or the description of what is served.
+    """
+
+    fields: Mapping[str, Any]
+    headers: Mapping[str, Any]
+    asks: Literal["predict", "explain", "describe"] = "predict"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one client gets: an HTTP status and a JSON text."""
+
+    status: int
+    text: str
+
+
+def answer_batch(ensemble: Ensemble, batch: Sequence[Incoming], record: Record = lambda *row: None) -> list[Reply]:
+    """Answer a batch of requests, each on its own.
+
+    Args:
+        ensemble: What is asked.
+        batch: Predictions share one forward; explanations and descriptions may lie among them.
+        record: Called with what happened, under the names of docs/operations.md.
+
+    Returns:
+        One reply per request, in the order of the requests.
+    """
+    return _Batch(ensemble, record).answer(batch)
+
+
+class _Batch:
+    """One batch on its way: what is already replied, and what remains to be asked."""
+
+    def __init__(self, ensemble: Ensemble, record: Record) -> None:
+        self.ensemble, self.task, self.record = ensemble, ensemble.task, record
+        self.replies: list[Any] = []
+
+    def answer(self, batch: Sequence[Incoming]) -> list[Reply]:
+        start = time.perf_counter()
+        self.replies = [None] * len(batch)
+        requests: dict[int, Request] = {}
+        for index, incoming in enumerate(batch):
+            with self._guard(index):
+                self.replies[index] = self._special_reply(incoming)
+                if self.replies[index] is None:
+                    requests[index] = self._read(incoming)
+        requests, examples, options = self._parse(requests)
+        parsed_at = time.perf_counter()
+        answers = iter(self._predict(examples, options) if examples else [])
+        predicted_at = time.perf_counter()
+        for index, request in requests.items():
+            own = list(islice(answers, len(request.items)))  # examples lie in the order of the requests
+            with self._guard(index):
+                self.replies[index] = self._reply(request, own)
+        finished = [self._finish(reply) for reply in self.replies]
+        self._record_times(len(examples), parsed_at - start, predicted_at - parsed_at, predicted_at)
+        return finished
+
+    def _special_reply(self, incoming: Incoming) -> str | None:
+        """Descriptions and explanations share the batch with predictions: decided per request."""
+        if incoming.asks == "describe":
+            return self.ensemble.describe().to_json()
+        if incoming.asks == "explain":
+            # Serialised here, under the guard of this request: what can't be hurts no neighbour.
+            return dump_json(self._explain(self._read(incoming)))
+        return None
+
+    def _explain(self, request: Request) -> Any:
+        examples = [self.task.parse(item) for item in request.items]
+        bodies = self.task.explain(self.ensemble, examples, [request.options] * len(examples))
+        return wrap_answers(request, bodies, self.ensemble.settings.name)
+
+    def _read(self, incoming: Incoming) -> Request:
+        """Read a request and check its options; lists are batches where the task says so."""
+        request = read_request(incoming.fields, incoming.headers)
+        if self.task.lists_are_batches:
+            request = as_batch(request)
+        self.ensemble.check_subset(request.options.subset)
+        return request
+
+    def _parse(self, requests: dict[int, Request]) -> tuple[dict[int, Request], list[Any], list[Options]]:
+        """Parse the items of all requests, in threads; a request of which one fails gets its reply here.
+
+        Returns:
+            The requests that are left, and their examples and options, one per item, in the same order.
+        """
+        items = [item for request in requests.values() for item in request.items]
+        parsed = iter(self.task.parse_items(items))
+        left: dict[int, Request] = {}
+        examples: list[Any] = []
+        options: list[Options] = []
+        for index, request in requests.items():
+            own = list(islice(parsed, len(request.items)))
+            with self._guard(index):
+                for outcome in own:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                left[index] = request
+                examples += own
+                options += [request.options] * len(own)
+        return left, examples, options
+
+    def _predict(self, examples: list[Any], options: list[Options]) -> list[Answer | ItemError]:
+        """One forward for the batch; should it fail, one for each example, so that neighbours are answered."""
+        failure: ItemError
+        try:
+            return self.ensemble.answer(examples, options)
+        except ItemError as error:
+            failure = error
+        except torch.OutOfMemoryError:
+            failure = OutOfMemory("not enough memory for this input")
+        except Exception as error:
+            logger.error("the forward of a batch of %d failed: %s", len(examples), where(error))
+            failure = NoAnswer("the model failed on this input")
+        if len(examples) == 1:
+            return [failure]
+        self.record("EnsembleFallbacks", 1, "one_by_one")
+        logger.warning("a batch of %d failed as a whole; answering its examples one by one", len(examples))
+        return [self._predict([e], [o])[0] for e, o in zip(examples, options, strict=True)]
+
+    def _reply(self, request: Request, answers: list[Answer | ItemError]) -> str:
+        for answer in answers:
+            if isinstance(answer, ItemError):
+                raise answer
+            if answer.mutual_information is not None:
+                self.record("EnsembleMutualInformation", answer.mutual_information)
+            for name in answer.left_out:
+                self.record("EnsembleNonFiniteMembers", 1, name)
+        bodies = [answer.body for answer in answers if isinstance(answer, Answer)]
+        return dump_json(wrap_answers(request, bodies, self.ensemble.settings.name))
+
+    @contextmanager
+    def _guard(self, index: int) -> Iterator[None]:
+        """Turn whatever one request raises into that request's own reply."""
+        try:
+            yield
+        except ItemError as error:
+            self.replies[index] = error
+        except torch.OutOfMemoryError:
+            self.replies[index] = OutOfMemory("not enough memory for this input")
+        except Exception as error:
+            logger.error("request %d failed: %s", index, where(error))
+            self.replies[index] = RequestError(500, "this request could not be answered")
+
+    def _finish(self, reply: Any) -> Reply:
+        if not isinstance(reply, ItemError):
+            return Reply(200, str(reply))
+        status = status_of(reply)
+        self.record("EnsembleRefusedRequests", 1, str(status))
+        return Reply(status, dump_json(error_body(status, str(reply))))
+
+    def _record_times(self, batch: int, parse_s: float, forward_s: float, predicted_at: float) -> None:
+        self.record("EnsembleParseTime", parse_s)
+        if batch:
+            self.record("EnsembleForwardTime", forward_s)
+            self.record("EnsembleBatchSize", batch)
+        self.record("EnsembleRespondTime", time.perf_counter() - predicted_at)
+
+
+def where(error: Exception) -> str:
+    """Type and innermost frames of an error, without its text, which may quote the request."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__} in " + " < ".join(
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)
+    )

@@ -1,0 +1,90 @@
+"""Turns settings and an unpacked archive into what an ensemble starts with: its place, its run, its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmap_ensemble import __version__
+from vmap_ensemble.archive.manifest import Manifest, read_manifest
+from vmap_ensemble.archive.settings import Settings
+from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.proof import Proof, prove_equal
+from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.execution.build import build_execution
+from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
+from vmap_ensemble.execution.modes import Execution, ExecutionOptions
+from vmap_ensemble.process.cache import CACHE
+from vmap_ensemble.process.device import choose_device, choose_dtype, set_float32_precision
+from vmap_ensemble.tasks.task import Place, Task
+
+SAMPLE_BATCH = 2
+
+
+class ProvedAtFirst:
+    """A forward that is proved on the first batch that it is called with."""
+
+    def __init__(self, forward: EnsembleForward) -> None:
+        self.forward = forward
+        self.proof: Proof | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.proof is None:
+            self.proof = prove_equal(self.forward, self.forward, args)
+        return self.forward(*args)
+
+
+def make_place(settings: Settings, folder: Path | None, threads: int, gpu_id: int | None) -> Place:
+    """Where a task computes by its settings, and what it may read; float32's precision is set for the process."""
+    set_float32_precision(settings.float32_matmul_precision)
+    device = choose_device(settings.device, gpu_id)
+    manifest = read_manifest(folder) if folder else Manifest(())
+    return Place(folder, manifest, device, choose_dtype(settings.dtype, device), threads)
+
+
+def choose_execution(task: Task, forward: EnsembleForward, batch_sizes: Sequence[int]) -> Execution:
+    """Decide how an archive's forward is run, by its settings; a choice that was measured is kept for the next start.
+
+    Args:
+        task: Made for the unpacked archive.
+        forward: Of its members.
+        batch_sizes: Sizes that will be asked; batches of one are always measured.
+    """
+    settings, folder = task.settings, task.place.folder
+    hashes = "".join(member.sha256 for member in forward.members.members)
+    compiled_file = folder / COMPILED_FILE if folder else None
+    compiled = compiled_file.read_bytes() if compiled_file and compiled_file.is_file() else b""
+    chosen_for = f"{__version__} {settings.dtype} {hashes}".encode() + compiled
+    options = ExecutionOptions(
+        budget_s=settings.execution_budget_s,
+        tolerance=settings.tolerance,
+        cache_dir=CACHE / "execution",
+        archive_sha=hashlib.sha256(chosen_for).hexdigest(),
+        sample=task.collate(task.sample_examples(SAMPLE_BATCH)),
+        packed=(lambda: CompiledForward(folder, forward.members, task.input_shape)) if folder and compiled else None,
+    )
+    examples = [task.collate(task.sample_examples(size)) for size in sorted({1, *batch_sizes})]
+    return build_execution(settings.execution, forward, examples, options)
+
+
+def read_weights(settings: Settings, names: Sequence[str]) -> Tensor:
+    """(M, 1) weights of the members, as the settings give them; equal where they give none.
+
+    Raises:
+        SettingsError: They are for other members, or all 0.
+    """
+    given = settings.weights
+    if given is None:
+        return torch.ones(len(names), 1)
+    unknown, missing = sorted(set(given) - set(names)), sorted(set(names) - set(given))
+    if unknown or missing or not any(given.values()):
+        raise SettingsError(
+            f"setup_config.json: weights: expected one for each of {', '.join(names)} and one above "
+            f"0, got unknown {unknown}, missing {missing}"
+        )
+    return torch.tensor([[given[name]] for name in names])
