@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmap_ensemble import __version__
 from vmap_ensemble.archive.manifest import Manifest
 from vmap_ensemble.archive.precision import Precision, read_precision
 from vmap_ensemble.archive.settings import load_settings, override_settings, parse_settings, read_block
@@ -39,6 +38,7 @@ from vmap_ensemble.starting import SAMPLE_BATCH, ProvedAtFirst, choose_execution
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.register import find_task
 from vmap_ensemble.tasks.task import Place, Task
+from vmap_ensemble.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmap_ensemble import __version__
 from vmap_ensemble.archive.manifest import Manifest, read_manifest
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.forward import EnsembleForward
@@ -22,6 +21,7 @@ from vmap_ensemble.execution.modes import Execution, ExecutionOptions
 from vmap_ensemble.process.cache import CACHE
 from vmap_ensemble.process.device import choose_device, choose_dtype, set_float32_precision
 from vmap_ensemble.tasks.task import Place, Task
+from vmap_ensemble.version import __version__
 
 SAMPLE_BATCH = 2
 
