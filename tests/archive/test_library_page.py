@@ -1,0 +1,58 @@
+"""Every block of docs/library.md runs, one after another, on archives built by the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from archiver.__main__ import main
+from vmap_ensemble.models.mnist import MnistNet
+
+pytest.importorskip("transformers")
+pytest.importorskip("captum.attr")
+import transformers  # noqa: E402
+
+from tests.unit.tasks.text.test_encoder_task import CONFIGS, random_members, save_tokenizer  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with the archives that the page names, of tiny members, and the repository's digits."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        (tmp_path / "mnist").mkdir(exist_ok=True)
+        torch.save(MnistNet().state_dict(), tmp_path / "mnist" / f"seed{seed}.pt")
+    config = CONFIGS["bert"](num_labels=3)
+    for name, model in random_members("sequence_classification", config, 2).items():
+        model.save_pretrained(tmp_path / "bert" / name)
+        save_tokenizer(tmp_path / "bert" / name, token_types=True)
+    blocks = {
+        "mnist_ens": {"handler": "mnist_handler.py", "members": ["mnist"]},
+        "bert_ens": {"handler": "bert_handler.py", "members": ["bert"], "max_length": 32},
+    }
+    for block in blocks.values():
+        block["execution"] = "eager"
+    (tmp_path / "setup_config.json").write_text(json.dumps(blocks))
+    shutil.copytree(ROOT / "data" / "digits", tmp_path / "data" / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--all", "--config", "setup_config.json", "--output", "model_store"]) == 0
+    return tmp_path
+
+
+def test_blocks_of_the_page_run_as_written(project, capsys):
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    space: dict = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "docs/library.md", "exec"), space)
+    shown = capsys.readouterr().out
+    assert "member   seed0" in shown
+    assert '"uncertainty"' in shown
+    assert space["outputs"].shape == (3, 8, 10)
+    assert transformers.__version__
