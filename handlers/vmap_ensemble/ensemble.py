@@ -28,7 +28,7 @@ from vmap_ensemble.core.members import Member, stack_members
 from vmap_ensemble.core.proof import Proof
 from vmap_ensemble.core.states import fit_to_architecture
 from vmap_ensemble.description import Description
-from vmap_ensemble.errors import ItemError, UnfitItem
+from vmap_ensemble.errors import ItemError, UnfitItem, numbered
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
 from vmap_ensemble.execution.modes import Execution, ExecutionOptions, prove
@@ -238,7 +238,7 @@ class Ensemble:
         if errors == "raise":
             for index, outcome in enumerate(found):
                 if isinstance(outcome, ItemError):
-                    raise _numbered(outcome, index)
+                    raise numbered(outcome, index)
                 if isinstance(outcome, Exception):
                     raise outcome
         return found
@@ -309,12 +309,14 @@ class Ensemble:
         return weights * torch.tensor(rows, device=weights.device)
 
     def check_subset(self, subset: Sequence[str] | None) -> None:
-        """Refuse names that aren't members', and members that have no weight together.
+        """Refuse names that aren't members', members that have no weight together, and no name where one is required.
 
         Raises:
             UnfitItem: Names one that is unknown, and those that are known.
         """
         if subset is None:
+            if self.settings.require_subset:
+                raise UnfitItem(f"subset: expected names of members, got none; known: {', '.join(self.names)}")
             return
         unknown = sorted(set(subset) - set(self.names))
         if unknown:
@@ -374,12 +376,6 @@ def _opened(item: Any) -> Any:
         return item
     data = item.read_bytes()
     return json.loads(data) if item.suffix == ".json" else data
-
-
-def _numbered(error: ItemError, index: int) -> ItemError:
-    numbered = copy.copy(error)
-    numbered.args = (f"item {index}: {error}",)
-    return numbered
 
 
 def _move(argument: Any, place: Place) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 
 class EnsembleError(Exception):
     """Root of every error this project raises on purpose; its text is one clear line."""
@@ -66,7 +68,18 @@ class RequestError(ItemError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+
+    @property
+    def message(self) -> str:
+        """What the client is told."""
+        return str(self)
+
+
+def numbered(error: ItemError, number: int) -> ItemError:
+    """The same error, whose text begins with the number of the item in its list."""
+    told = copy.copy(error)
+    told.args = (f"item {number}: {error}",)
+    return told
 
 
 def first_line(error: BaseException) -> str:

@@ -15,9 +15,9 @@ from vmap_ensemble.models.mnist import MnistNet
 
 pytest.importorskip("transformers")
 pytest.importorskip("captum.attr")
-import transformers  # noqa: E402
+import transformers
 
-from tests.unit.tasks.text.test_encoder_task import CONFIGS, random_members, save_tokenizer  # noqa: E402
+from tests.unit.tasks.text.test_encoder_task import CONFIGS, random_members, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -56,6 +56,9 @@ class Settings:
     abstain_above_mutual_information: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Answers with a higher mutual information, in nats, say `abstain`."
     )
+    require_subset: bool = Field(
+        False, description="Refuse requests that name no `subset`, where the members are different tenants'."
+    )
     response: Literal["full", "torchserve"] = Field(
         "full", description="`torchserve` answers {label: probability}, as TorchServe's classifiers do."
     )

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from vmap_ensemble.ensemble import Ensemble
-from vmap_ensemble.errors import ItemError, NoAnswer, OutOfMemory, RequestError
-from vmap_ensemble.serving.requests import Request, as_batch, error_body, read_request, wrap_answers
+from vmap_ensemble.errors import ItemError, NoAnswer, OutOfMemory, RequestError, numbered
+from vmap_ensemble.serving.requests import Request, error_body, read_request, wrap_answers
 from vmap_ensemble.serving.statuses import status_of
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
 
@@ -106,15 +106,17 @@ class _Batch:
 
     def _explain(self, request: Request) -> Any:
         examples = [self.task.parse(item) for item in request.items]
-        bodies = self.task.explain(self.ensemble, examples, [request.options] * len(examples))
+        bodies = self.task.explain(self.ensemble, examples, request.options)
         return wrap_answers(request, bodies, self.ensemble.settings.name)
 
     def _read(self, incoming: Incoming) -> Request:
         """Read a request and check its options; lists are batches where the task says so."""
-        request = read_request(incoming.fields, incoming.headers)
-        if self.task.lists_are_batches:
-            request = as_batch(request)
-        self.ensemble.check_subset(request.options.subset)
+        task = self.task
+        request = read_request(incoming.fields, incoming.headers, task.item_keys, task.lists_are_batches)
+        for number, option in enumerate(request.options):
+            with _numbered(number, request):
+                self.ensemble.check_subset(option.subset)
+        task.check_size(request.items)
         return request
 
     def _parse(self, requests: dict[int, Request]) -> tuple[dict[int, Request], list[Any], list[Options]]:
@@ -131,12 +133,13 @@ class _Batch:
         for index, request in requests.items():
             own = list(islice(parsed, len(request.items)))
             with self._guard(index):
-                for outcome in own:
+                for number, outcome in enumerate(own):
                     if isinstance(outcome, Exception):
-                        raise outcome
+                        with _numbered(number, request):
+                            raise outcome
                 left[index] = request
                 examples += own
-                options += [request.options] * len(own)
+                options += request.options
         return left, examples, options
 
     def _predict(self, examples: list[Any], options: list[Options]) -> list[Answer | ItemError]:
@@ -158,9 +161,10 @@ class _Batch:
         return [self._predict([e], [o])[0] for e, o in zip(examples, options, strict=True)]
 
     def _reply(self, request: Request, answers: list[Answer | ItemError]) -> str:
-        for answer in answers:
+        for number, answer in enumerate(answers):
             if isinstance(answer, ItemError):
-                raise answer
+                with _numbered(number, request):
+                    raise answer
             if answer.mutual_information is not None:
                 self.record("EnsembleMutualInformation", answer.mutual_information)
             for name in answer.left_out:
@@ -194,6 +198,15 @@ class _Batch:
             self.record("EnsembleForwardTime", forward_s)
             self.record("EnsembleBatchSize", batch)
         self.record("EnsembleRespondTime", time.perf_counter() - predicted_at)
+
+
+@contextmanager
+def _numbered(number: int, request: Request) -> Iterator[None]:
+    """Within it an item's error names the item, where the request holds several."""
+    try:
+        yield
+    except ItemError as error:
+        raise numbered(error, number) if len(request.items) > 1 else error from None
 
 
 def where(error: Exception) -> str:

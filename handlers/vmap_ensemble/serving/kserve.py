@@ -12,13 +12,13 @@ MAX_ITEMS = 1024
 Envelope = Literal["single", "list", "kserve_v1", "kserve_v2"]
 
 
-def _split_items(payload: dict[str, Any]) -> tuple[tuple[Any, ...], Envelope]:
+def split_items(payload: dict[str, Any]) -> tuple[tuple[Any, ...], Envelope]:
     """Recognise KServe v1 ({"instances": [...]}) and v2 ({"inputs": [{"name", "shape", "data", ...}]})."""
     if isinstance(payload.get("instances"), list):
-        return _checked_items(payload["instances"], "instances"), "kserve_v1"
+        return checked_items(payload["instances"], "instances"), "kserve_v1"
     inputs = payload.get("inputs")
     if isinstance(inputs, list) and inputs and all(isinstance(i, dict) and "data" in i for i in inputs):
-        return _checked_items(kserve_v2_items(inputs), "inputs"), "kserve_v2"
+        return checked_items(kserve_v2_items(inputs), "inputs"), "kserve_v2"
     return (payload,), "single"
 
 
@@ -72,7 +72,7 @@ def _rows(data: list[Any], shape: list[int], name: str) -> list[Any]:
     return nest(flat, shape)
 
 
-def _checked_items(items: list[Any], key: str) -> tuple[Any, ...]:
+def checked_items(items: list[Any], key: str) -> tuple[Any, ...]:
     if not items:
         raise RequestError(400, f"'{key}' is empty; expected at least one item")
     if len(items) > MAX_ITEMS:

@@ -7,14 +7,14 @@ batch holds two requests, so those bodies are recognised here and no envelope is
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.serving.kserve import Envelope, _checked_items, _split_items
+from vmap_ensemble.serving.kserve import Envelope, checked_items, split_items
 from vmap_ensemble.tasks.answers import Options, dump_json
 
 OPTION_NAMES = ("detail", "subset", "top_k", "target")
@@ -24,59 +24,127 @@ OPTION_HEADERS = {
     "x-ensemble-top-k": "top_k",
     "x-ensemble-target": "target",
 }
-PAYLOAD_KEYS = ("data", "body")
+PAYLOAD_KEYS = ("data", "body", "b64", "image")
+# What a body may hold beside the options, by its form.
+ENVELOPE_KEYS: dict[str, tuple[str, ...]] = {
+    "kserve_v1": ("instances", "signature_name", "parameters", "id"),
+    "kserve_v2": ("inputs", "outputs", "parameters", "id", "model_name", "model_version"),
+}
+# Of a request's own words so many characters at most are quoted in an error.
+SHOWN = 80
+# From this likeness on a key is taken for a misspelt one.
+MISSPELT = 0.75
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class SeveralParts(list[Any]):
+    """The values of multipart parts that came under one name."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: its items (one each unless the client sent a batch of its own) and options."""
+    """One request: its items (one each unless the client sent a batch of its own), each with its options."""
 
     items: tuple[Any, ...]
+    options: tuple[Options, ...]
     envelope: Envelope = "single"
-    options: Options = field(default_factory=Options)
     request_id: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def as_batch(request: Request) -> Request:
-    """A request whose single item is a list, as a client-side batch of that list's items."""
-    if request.envelope != "single" or not isinstance(request.items[0], list):
-        return request
-    return dataclasses.replace(request, items=_checked_items(request.items[0], "the list"), envelope="list")
-
-
-def read_request(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request:
+def read_request(
+    row: Mapping[str, Any],
+    headers: Mapping[str, Any],
+    item_keys: Sequence[str] | None = None,
+    lists_are_batches: bool = False,
+) -> Request:
     """Read one row of a batch.
 
+    Options may stand in headers, in multipart fields, in the body, and in each of its items: the narrower wins.
+
     Args:
-        row: Field name -> value, as TorchServe hands it to a handler.
+        row: Field name -> value, as TorchServe hands it to a handler; a list of values where a name came twice.
         headers: The request's headers and, under each field's name, that field's own content type.
+        item_keys: Keys that an item may have beside the options; None: any.
+        lists_are_batches: Whether any JSON list is a batch; otherwise one of texts or objects is, and one of numbers
+            is a tensor.
 
     Raises:
-        RequestError: 400 where the body is missing, not JSON though it claims to be, or an option is wrong.
+        RequestError: 400 where the body is missing, not JSON though it claims to be, an option is wrong or a key is
+            unknown; 413 for too many items.
     """
     plain = {str(k).lower(): v for k, v in headers.items() if isinstance(v, str)}
-    payload, fields = _split_fields(row, headers, plain)
+    payload, fields = _split_fields(row, headers, plain, item_keys)
     if isinstance(payload, (bytes, bytearray, memoryview)):
         payload = _decode_json_bytes(bytes(payload), _claims_json(row, headers, plain))
-    options: dict[str, Any] = {OPTION_HEADERS[k]: v for k, v in plain.items() if k in OPTION_HEADERS}
-    options.update(fields)
-    items: tuple[Any, ...] = (payload,)
+    raw = {**{OPTION_HEADERS[k]: v for k, v in plain.items() if k in OPTION_HEADERS}, **fields}
     envelope: Envelope = "single"
+    items: tuple[Any, ...] = (payload,)
     request_id = None
     if isinstance(payload, dict):
         request_id = payload.get("id") if isinstance(payload.get("id"), str) else None
-        parameters = payload.get("parameters")
-        if isinstance(parameters, dict):
-            options.update({k: parameters[k] for k in OPTION_NAMES if k in parameters})
-        options.update({k: payload[k] for k in OPTION_NAMES if k in payload})
-        payload = {k: v for k, v in payload.items() if k not in OPTION_NAMES}
-        items, envelope = _split_items(payload)
-    return Request(items, envelope, _read_options(options), request_id, plain)
+        raw.update(_body_options(payload))
+        items, envelope = split_items({k: v for k, v in payload.items() if k not in OPTION_NAMES})
+        if envelope != "single":
+            _check_keys(payload, (*ENVELOPE_KEYS[envelope], *OPTION_NAMES), "")
+        else:
+            items = (_without(payload, OPTION_NAMES if item_keys is None else (*OPTION_NAMES, "parameters")),)
+    elif isinstance(payload, list) and (lists_are_batches or _is_batch(payload)):
+        items, envelope = checked_items(payload, "the list"), "list"
+    several = len(items) > 1
+    read = [_read_item(item, raw, item_keys, f"item {n}: " if several else "") for n, item in enumerate(items)]
+    return Request(tuple(item for item, _ in read), tuple(own for _, own in read), envelope, request_id)
+
+
+def _body_options(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a body: its own keys, and those of KServe's `parameters`, which may hold others' keys, too."""
+    parameters = payload.get("parameters")
+    found: dict[str, Any] = {}
+    if isinstance(parameters, dict):
+        for key in parameters:
+            if key not in OPTION_NAMES and difflib.get_close_matches(str(key), OPTION_NAMES, n=1, cutoff=MISSPELT):
+                _check_keys({key: None}, OPTION_NAMES, "parameters: ")
+        found = {k: parameters[k] for k in OPTION_NAMES if k in parameters}
+    return {**found, **{k: payload[k] for k in OPTION_NAMES if k in payload}}
+
+
+def _read_item(item: Any, raw: Mapping[str, Any], item_keys: Sequence[str] | None, where: str) -> tuple[Any, Options]:
+    """An item without its options, and the options that hold for it."""
+    try:
+        if isinstance(item, dict):
+            known = None if item_keys is None else (*item_keys, *OPTION_NAMES, "id")
+            _check_keys(item, known, "")
+            raw = {**raw, **{k: item[k] for k in OPTION_NAMES if k in item}}
+            item = _without(item, OPTION_NAMES)
+        return item, _read_options(raw)
+    except RequestError as error:
+        raise RequestError(error.status, f"{where}{error.message}") from None
+
+
+def _without(mapping: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def _check_keys(given: Mapping[str, Any], known: Sequence[str] | None, where: str) -> None:
+    """Refuse unknown keys, naming the nearest known one; where any key may be, only what looks like an option.
+
+    Raises:
+        RequestError: 400.
+    """
+    for key in given:
+        near = difflib.get_close_matches(str(key)[:SHOWN], known or OPTION_NAMES, n=1, cutoff=MISSPELT)
+        if (known is None and (key in OPTION_NAMES or not near)) or (known is not None and key in known):
+            continue
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known or OPTION_NAMES)}"
+        raise RequestError(400, f"{where}unknown key '{str(key)[:SHOWN]}'; {hint}")
+
+
+def _is_batch(payload: list[Any]) -> bool:
+    """Whether a list holds texts or objects, which no tensor does."""
+    return bool(payload) and all(isinstance(item, (str, dict)) for item in payload)
 
 
 def _split_fields(
-    row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str]
+    row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str], item_keys: Sequence[str] | None
 ) -> tuple[Any, dict[str, Any]]:
     """The payload of a row, and the options among its multipart fields."""
     if plain.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
@@ -86,20 +154,34 @@ def _split_fields(
             "'curl -H \"Content-Type: text/plain\" --data-binary TEXT', or JSON with "
             "'curl --json JSON'",
         )
+    twice = [name for name, value in row.items() if isinstance(value, SeveralParts)]
+    if twice:
+        raise RequestError(
+            400,
+            f"several parts are called '{str(twice[0])[:SHOWN]}'; send one part a request, or one JSON list of all "
+            "(files as base64)",
+        )
     fields = {k: v for k, v in row.items() if k in OPTION_NAMES}
     rest = {k: v for k, v in row.items() if k not in OPTION_NAMES}
-    for key in PAYLOAD_KEYS:
-        if key in rest:
-            payload = rest[key]
-            break
-    else:
-        if not rest:
-            raise RequestError(400, "the request has no body; send the input as the body or as a field 'data'")
-        # Fields of other names: one is the payload whatever it is called, several are a JSON-like record.
-        payload = next(iter(rest.values())) if len(rest) == 1 else {k: _text(v) for k, v in rest.items()}
+    if not rest:
+        raise RequestError(400, "the request has no body; send the input as the body or as a field 'data'")
+    if len(rest) == 1:  # a single part is the payload, whatever it is called
+        payload = next(iter(rest.values()))
+    else:  # several are a JSON-like record
+        _check_keys(rest, item_keys, "multipart: ")
+        if (item_keys is not None and sum(key in PAYLOAD_KEYS for key in rest) > 1) or _hold_files(rest):
+            raise RequestError(
+                400, f"expected one file, got the parts {', '.join(str(k)[:SHOWN] for k in rest)}; send one a request"
+            )
+        payload = {k: _text(v) for k, v in rest.items()}
     if payload is None or (isinstance(payload, (bytes, bytearray, str)) and len(payload) == 0):
         raise RequestError(400, "the body is empty; send the input as the body or as a field 'data'")
     return payload, fields
+
+
+def _hold_files(parts: Mapping[str, Any]) -> bool:
+    """Whether more than one part is no text."""
+    return sum(isinstance(_text(value), bytes) for value in parts.values()) > 1
 
 
 def _text(value: Any) -> Any:
@@ -121,7 +203,8 @@ def _claims_json(row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapp
 
 def _decode_json_bytes(payload: bytes, claims_json: bool) -> Any:
     """Parse bytes that claim to be JSON, or that are a JSON object or list without saying so (gRPC)."""
-    if not claims_json and payload.lstrip()[:1] not in (b"{", b"["):
+    payload = payload.removeprefix(BYTE_ORDER_MARK) if _begins_json(payload) or claims_json else payload
+    if not claims_json and not _begins_json(payload):
         return payload
     try:
         return json.loads(payload)
@@ -130,6 +213,10 @@ def _decode_json_bytes(payload: bytes, claims_json: bool) -> Any:
         if not claims_json and payload.lstrip()[:1] == b"[":
             return payload
         raise RequestError(400, "the body is not valid JSON") from None
+
+
+def _begins_json(payload: bytes) -> bool:
+    return payload.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"[")
 
 
 def _read_options(raw: Mapping[str, Any]) -> Options:

@@ -32,7 +32,7 @@ from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
 from vmap_ensemble.tasks.classification import ClassAnswers
-from vmap_ensemble.tasks.images.decoding import check_shape, read_item
+from vmap_ensemble.tasks.images.decoding import ITEM_KEYS, check_shape, read_item
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,11 @@ class Task:
         return self.architecture_of(self.settings)
 
     @property
+    def item_keys(self) -> tuple[str, ...] | None:
+        """Keys that an item which is an object may have; None: any, as where `parse` is one's own."""
+        return ITEM_KEYS if type(self).parse is Task.parse else None
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
         shape = self.settings.input_shape or self.default_input_shape
@@ -199,6 +204,13 @@ class Task:
     def class_answers(self) -> ClassAnswers:
         """Answers of a classifier, by the settings."""
         return ClassAnswers(self.settings, self.place.names, self.labels)
+
+    def check_size(self, items: Sequence[Any]) -> None:
+        """Refuse a request whose items are too much together, before any is read.
+
+        Raises:
+            TooLargeItem: Says what there is and how much may be.
+        """
 
     def sample_request(self) -> bytes:
         """The body of a request to try an archive with; here the noise that its forward is proved on."""

@@ -19,7 +19,7 @@ from vmap_ensemble.archive.settings import Settings, load_settings
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.frontends.torchserve.metrics import Metrics
-from vmap_ensemble.frontends.torchserve.worker import quieten_worker, threads_per_worker
+from vmap_ensemble.frontends.torchserve.worker import keep_parts_of_one_name, quieten_worker, threads_per_worker
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.age import seconds_since_process_start
 from vmap_ensemble.process.device import configure_torch
@@ -80,6 +80,7 @@ class TorchServeHandler(Task):
             threads = settings.threads or threads_per_worker(config, cores_at_hand())
             configure_torch(threads, settings.float32_matmul_precision)
             self.metrics = Metrics(context.metrics, context.model_name)
+            keep_parts_of_one_name()
         with timed(phases.READ):
             place = make_place(settings, folder, threads, context.system_properties.get("gpu_id"))
         with timed(phases.BUILD):
@@ -107,6 +108,10 @@ class TorchServeHandler(Task):
         self.phases_s.setdefault(phases.FIRST_REQUEST, time.perf_counter() - start)
         for index, reply in enumerate(replies):
             context.set_response_content_type(index, "application/json")
+            if not any(isinstance(value, str) for value in batch[index].headers.values()):
+                # A request without HTTP headers came over gRPC. One for a stream (StreamPredictions) waits for more
+                # answers unless it is told that this is the last; over HTTP the header would end the connection.
+                context.set_response_header(index, "ts_stream_next", "false")
             if reply.status != HTTPStatus.OK:
                 context.set_response_status(reply.status, _phrase(reply), index)
         self.metrics.flush()

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from vmap_ensemble.serving.requests import SeveralParts
+
 
 def threads_per_worker(model_config: Mapping[str, Any] | None, cores: int) -> int:
     """Share the cores among the workers of a model, so that they don't oversubscribe them.
@@ -24,3 +26,29 @@ def quieten_worker() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     for name in ("vmap_ensemble", "ts.metrics"):  # metrics are log lines, too
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def keep_parts_of_one_name() -> None:
+    """Let this worker see all multipart parts that came under one name.
+
+    TorchServe puts a request's parts into a dict by name (Service.retrieve_data_for_inference in ts/service.py), so
+    that all but the last of one name are gone before a handler is called, and a client would get one answer to two
+    files without a word. Afterwards such a name holds `SeveralParts`.
+    """
+    from ts.service import Service
+
+    read = Service.retrieve_data_for_inference
+    if getattr(read, "keeps_parts", False):
+        return
+
+    def read_all(batch: Any) -> Any:
+        headers, rows, ids = read(batch)
+        for row, request in zip(rows, batch, strict=True):
+            names = [parameter["name"] for parameter in request["parameters"]]
+            for name in {name for name in names if names.count(name) > 1}:
+                values = [parameter["value"] for parameter in request["parameters"] if parameter["name"] == name]
+                row[name] = SeveralParts(values)
+        return headers, rows, ids
+
+    read_all.keeps_parts = True  # type: ignore[attr-defined]
+    Service.retrieve_data_for_inference = staticmethod(read_all)

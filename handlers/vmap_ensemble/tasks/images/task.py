@@ -17,7 +17,7 @@ from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.images.batch_rows import allocate_rows, copy_rows, join_rows
-from vmap_ensemble.tasks.images.decoding import check_resize, check_shape, decode_image, read_item, to_mode
+from vmap_ensemble.tasks.images.decoding import ITEM_KEYS, check_resize, check_shape, decode_image, read_item, to_mode
 from vmap_ensemble.tasks.images.settings import VisionSettings
 from vmap_ensemble.tasks.task import Task
 
@@ -41,6 +41,11 @@ class ImageTask(Task):
     short_side = 256
     threads_from_bytes = 0  # Pillow decodes and resizes without the interpreter's lock
     channels_last = False
+
+    @property
+    def item_keys(self) -> tuple[str, ...] | None:
+        """Keys that an item which is an object may have; any, where `parse` is one's own."""
+        return ITEM_KEYS if type(self).parse is ImageTask.parse else None
 
     def make_forward(self, timed: Phases) -> EnsembleForward:
         """As for every task; with quantization, in 8 bits.

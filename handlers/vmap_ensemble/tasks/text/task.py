@@ -17,6 +17,7 @@ from vmap_ensemble.errors import ItemError, LoadError, SettingsError
 from vmap_ensemble.models.transformers import LABELLED_MODES, PRETRAINED_FOLDER
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
 from vmap_ensemble.tasks.task import Place, Task
+from vmap_ensemble.tasks.text.inputs import TEXT_KEYS
 from vmap_ensemble.tasks.text.mode import TextExample, TextMode, pad_windows
 from vmap_ensemble.tasks.text.register import mode_class
 from vmap_ensemble.tasks.text.settings import TextSettings
@@ -59,6 +60,11 @@ class TextTask(Task):
     def architecture_of(cls, settings: Any) -> str:
         """The transformers class that belongs to the mode."""
         return str(settings.architecture or f"transformers:{settings.mode}")
+
+    @property
+    def item_keys(self) -> tuple[str, ...] | None:
+        """Keys that an item which is an object may have; any, where `parse` is one's own."""
+        return (*self.mode.fields, *TEXT_KEYS) if type(self).parse is TextTask.parse else None
 
     def default_labels(self) -> dict[int, str]:
         """The labels of the members' config."""

@@ -162,7 +162,7 @@ BAD = {
     "top_k 0": (row(0, top_k=0), 400, "top_k"),
     "top_k bool": (row(0, top_k=True), 400, "top_k"),
     "detail": (row(0, detail="all"), 400, "detail"),
-    "no data": ({"body": {"x": 1}}, 400, "one of data"),
+    "no data": ({"body": {"x": 1}}, 400, "unknown key 'x'; known keys: data, b64, image"),
     "no instances": ({"body": {"instances": []}}, 400, "empty"),
     "many instances": ({"body": {"instances": [0] * 2000}}, 413, "2000"),
     "v2 shape": ({"body": {"inputs": [{"name": "x", "shape": 5, "data": [1]}]}}, 400, "sizes"),

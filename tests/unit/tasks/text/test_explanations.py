@@ -337,7 +337,7 @@ def test_embedding_name_is_torchserves_or_a_module(serve, ask):
     [("a, 2,a", ("a", "2")), ([1, "b"], (1, "b")), (3, (3,)), (b"all", ("all",))],
 )
 def test_targets_are_read_from_anywhere(value, expected):
-    assert read_request({"body": {"text": "x"}, "target": value}, {}).options.target == expected
+    assert read_request({"body": {"text": "x"}, "target": value}, {}).options[0].target == expected
 
 
 @pytest.mark.parametrize("value", ["", ",", [], True, [1.5], {"a": 1}])

@@ -1,0 +1,114 @@
+"""What a request asks of each of its items: options per item, unknown keys, parts of one name, byte order marks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vmap_ensemble.errors import RequestError
+from vmap_ensemble.serving.requests import SeveralParts, read_request
+
+KEYS = ("text", "data")
+
+
+def read(body, headers=None, keys=KEYS, lists=True):
+    return read_request({"body": body}, headers or {}, keys, lists)
+
+
+def subsets(request):
+    return [options.subset for options in request.options]
+
+
+@pytest.mark.parametrize("form", ["instances", "list"])
+def test_each_item_has_its_own_options(form):
+    items = [{"text": "a", "subset": ["hooli"]}, {"text": "b", "top_k": 2}, {"text": "c"}]
+    body = {"instances": items, "subset": "acme"} if form == "instances" else items
+    request = read(body, {"X-Ensemble-Subset": "acme"})
+    assert [item["text"] for item in request.items] == ["a", "b", "c"]
+    assert all(set(item) == {"text"} for item in request.items)
+    assert subsets(request) == [("hooli",), ("acme",), ("acme",)]
+    assert [options.top_k for options in request.options] == [None, 2, None]
+
+
+def test_the_narrower_option_wins():
+    headers = {"x-ensemble-top-k": "1", "x-ensemble-detail": "members"}
+    body = {"instances": [{"text": "a"}, {"text": "b", "top_k": 4}], "parameters": {"top_k": 2}, "top_k": 3}
+    request = read(body, headers)
+    assert [options.top_k for options in request.options] == [3, 4]
+    assert all(options.detail for options in request.options)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"text": "x", "subsets": ["a"]}, "unknown key 'subsets'; did you mean 'subset'?"),
+        ({"text": "x", "member": "a"}, "unknown key 'member'; known keys: text, data, detail, subset"),
+        ({"instances": ["x"], "sub_set": ["a"]}, "unknown key 'sub_set'; did you mean 'subset'?"),
+        ({"instances": ["x"], "tenant": 1}, "unknown key 'tenant'; known keys: instances"),
+        (
+            {"instances": ["x", {"text": "y", "subsets": "a"}]},
+            "item 1: unknown key 'subsets'; did you mean 'subset'?",
+        ),
+        ([{"text": "x"}, {"text": "y", "top-k": 1}], "item 1: unknown key 'top-k'; did you mean 'top_k'?"),
+        ([{"text": "x"}, {"text": "y", "top_k": 0}], "item 1: top_k: expected a whole number"),
+        ({"inputs": [{"name": "x", "data": ["a"]}], "parameters": {"subsets": "a"}}, "parameters: unknown key"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest(body, message):
+    with pytest.raises(RequestError) as caught:
+        read(body)
+    assert caught.value.status == 400
+    assert message in str(caught.value)
+
+
+def test_other_peoples_parameters_and_keys_of_own_tasks_pass():
+    request = read({"inputs": [{"name": "x", "data": ["a"]}], "parameters": {"binary_data_output": False}})
+    assert request.items == ("a",)
+    own = read({"rooms": 3, "parameters": 1, "subset": "m1"}, keys=None)
+    assert (own.items, subsets(own)) == (({"rooms": 3, "parameters": 1},), [("m1",)])
+    with pytest.raises(RequestError, match="unknown key 'subsets'; did you mean 'subset'"):
+        read({"rooms": 3, "subsets": "m1"}, keys=None)
+
+
+def test_long_keys_are_cut():
+    with pytest.raises(RequestError) as caught:
+        read({"x" * 5000: 1})
+    assert len(str(caught.value)) < 400
+
+
+def test_lists_of_numbers_are_tensors_and_lists_of_texts_batches():
+    assert read([[1.0, 2.0]], lists=False).items == ([[1.0, 2.0]],)
+    assert read([1, 2], lists=False).envelope == "single"
+    assert read(["aGk=", {"data": "aGk="}], lists=False).envelope == "list"
+    assert read([1, 2], lists=True).items == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"data": SeveralParts([b"a", b"b"])},
+        {"data": b"\x89PNG\xff", "image": b"\x89PNG\xfe"},
+        {"one": b"\x89PNG\xff", "two": b"\x89PNG\xfe"},
+        {"data": b"a text", "body": b"another"},
+    ],
+)
+def test_two_files_are_refused(row):
+    with pytest.raises(RequestError) as caught:
+        read_request(row, {}, ("data", "image", "b64"))
+    assert caught.value.status == 400
+
+
+def test_parts_of_a_record_and_options_beside_a_file():
+    request = read_request({"question": b"what ?", "context": b"this"}, {}, ("question", "context"))
+    assert request.items == ({"question": "what ?", "context": "this"},)
+    request = read_request({"data": b"\x89PNG\xff", "subset": b"a,b"}, {}, ("data",))
+    assert (request.items, subsets(request)) == ((b"\x89PNG\xff",), [("a", "b")])
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/json"}])
+def test_json_may_begin_with_a_byte_order_mark(headers):
+    body = b"\xef\xbb\xbf" + json.dumps({"text": "x"}).encode()
+    assert read(body, headers).items == ({"text": "x"},)
+    assert read(b'\xef\xbb\xbf["a", "b"]').items == ("a", "b")
+    assert read(b"\xef\xbb\xbfno json").items == (b"\xef\xbb\xbfno json",)
