@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastertransformer.build import LIBRARY, BuildError, ensure_library
 from fastertransformer.modules import HEADS, convert_model
+from vmap_ensemble.encoders.traced.answers import ANSWERS_FILE, RecordedAnswers
 from vmap_ensemble.encoders.traced.library import load_ft_library
 from vmap_ensemble.errors import EnsembleError
 
@@ -34,6 +35,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest difference of logits to the checkpoint in the same dtype, relative to the largest logit where that is above
 # 1: rounding grows with the numbers, in Hugging Face's own result as in ours. Half precision: rounding of 12 layers.
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
+# The batch whose answers are recorded in the file.
+RECORDED_TEXTS, RECORDED_TOKENS = 2, 32
 # What the class computes: its interface has no field for any of these.
 REQUIRED = {
     "hidden_act": ("gelu",),
@@ -149,6 +152,14 @@ def measure_difference(traced: Any, model: Any, mode: str, example: Example) -> 
     return worst
 
 
+@torch.no_grad()
+def record_answers(model: Any, example: Example) -> RecordedAnswers:
+    """What the checkpoint's own forward gives for a batch, with and without token types."""
+    ids, mask, types = example.input_ids, example.attention_mask, example.token_type_ids
+    typed = as_tuple(model(ids, attention_mask=mask, token_type_ids=types))
+    return RecordedAnswers((ids, mask, types), typed, as_tuple(model(ids, attention_mask=mask)))
+
+
 def trace_checkpoint(
     model: Any,
     mode: str,
@@ -184,7 +195,9 @@ def trace_checkpoint(
     scripted = torch.jit.script(convert_model(model, mode, max_length, remove_padding=remove_padding, plain=plain))
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
-    torch.jit.save(scripted, str(partial))
+    # A small batch: it is answered again at every load of an archive.
+    answers = record_answers(model, make_example(model, RECORDED_TEXTS, min(max_length, RECORDED_TOKENS), device))
+    torch.jit.save(scripted, str(partial), _extra_files={ANSWERS_FILE: answers.to_bytes()})
     try:
         loaded = torch.jit.load(str(partial), map_location=device)
         difference = measure_difference(loaded, model, mode, make_example(model, batch_size, max_length, device))

@@ -34,6 +34,12 @@ class TracedForward:
     def __init__(self, modules: Sequence[torch.jit.ScriptModule], members: StackedMembers) -> None:
         self.modules, self.members = list(modules), members
 
+    @property
+    def device(self) -> torch.device:
+        """Where the modules compute."""
+        tensors = (*self.modules[0].parameters(), *self.modules[0].buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
     def member(self, index: int, *args: Tensor) -> dict[str, Tensor]:
         """Run one member alone: name -> (B, ...).
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.members import StackedMembers
+from vmap_ensemble.encoders.traced.answers import prove_traced, read_answers
 from vmap_ensemble.encoders.traced.forward import TracedForward
 from vmap_ensemble.encoders.traced.library import accepts_token_types, load_ft_library, load_traced
 from vmap_ensemble.errors import NotOffered, SettingsError
@@ -53,8 +57,17 @@ class TracedTask(TextTask):
         return TracedForward(modules, StackedMembers(self.place.names, {}, {}, members=rows))
 
     def only_execution(self, forward: Any) -> Execution:
-        """Traced members have one way to run."""
-        return Execution("traced", "traced modules, one after another", [], forward)
+        """The one way to run, proved against what the members' checkpoints answered when they were traced."""
+        reason = "traced modules, one after another"
+        files = [self._folder() / row.file for row in self.place.manifest.members]
+        recorded = [answers for answers in map(read_answers, files) if answers is not None]
+        if len(recorded) < len(files):
+            told = "the files hold no answers of their checkpoints to be proved against"
+            return Execution("traced", f"{reason}; {told}", [], forward)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            proof = prove_traced(forward, recorded, len(self.argument_names), self.settings.tolerance)
+        return Execution("traced", reason, [], forward, proof, time.perf_counter() - started)
 
     def explain(
         self, asked: Asked, examples: Sequence[TextExample], options: Sequence[Options]
