@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vmap_ensemble.archive.manifest import Manifest
 from vmap_ensemble.archive.precision import Precision, read_precision
@@ -34,7 +35,14 @@ from vmap_ensemble.execution.chunking import ChunkedRun
 from vmap_ensemble.execution.modes import Execution, ExecutionOptions, prove
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
-from vmap_ensemble.starting import SAMPLE_BATCH, ProvedAtFirst, choose_execution, make_place, read_weights
+from vmap_ensemble.starting import (
+    SAMPLE_BATCH,
+    ProvedAtFirst,
+    choose_execution,
+    depends_on_neighbours,
+    make_place,
+    read_weights,
+)
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.register import find_task
 from vmap_ensemble.tasks.task import Place, Task
@@ -52,6 +60,7 @@ class Ensemble:
         task: Turns items into the forward's arguments and its outputs into answers.
         precision: What precision.json of the archive says, if there is one.
         timed: Seconds of each phase of the start.
+        alone: Whether each example gets a forward of its own, since its answer would depend on its neighbours.
 
     Raises:
         SettingsError: The settings' weights are for other members, or all 0.
@@ -70,7 +79,9 @@ class Ensemble:
         task: Task,
         precision: Precision | None = None,
         timed: Phases | None = None,
+        alone: bool = False,
     ) -> None:
+        self.alone = alone
         self.forward, self.execution, self.task, self.precision = forward, execution, task, precision
         self.settings: Any = task.settings
         self.names = forward.members.names
@@ -194,8 +205,15 @@ class Ensemble:
         else:
             timed.seconds[phases.EXECUTION] -= execution.proof_s
         timed.seconds[phases.EQUIVALENCE] = execution.proof_s
+        alone = depends_on_neighbours(task, forward)
+        if alone is not None:
+            execution.reason += f"; each example alone, since in a batch its answer differs by {alone:.1e}"
+            logger.warning(
+                "%s: rows of a batch depend on each other: examples are run one by one", task.settings.name
+            )
         folder = task.place.folder
-        ensemble = cls(forward, execution, task, read_precision(folder) if folder else None, timed)
+        precision = read_precision(folder) if folder else None
+        ensemble = cls(forward, execution, task, precision, timed, alone is not None)
         for name in execution.proof.not_finite if execution.proof else ():
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
         return ensemble
@@ -251,6 +269,9 @@ class Ensemble:
             examples: What the task's `parse` gave, at least one.
             options: One per example.
         """
+        if self.alone and len(examples) > 1:
+            pairs = zip(examples, options, strict=True)
+            return [answer for example, option in pairs for answer in self.answer([example], [option])]
         outputs = self.run(*self.task.collate(examples))
         answers = self.task.answers(outputs, self.weights_of(options), options, examples)
         if len(answers) != len(examples):
@@ -267,7 +288,12 @@ class Ensemble:
         Returns:
             The model's output structure; each tensor (M, B, ...), member-major, on the members' device.
         """
-        return self.run(*self._arguments(batch))
+        args = self._arguments(batch)
+        count = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
+        if not self.alone or count < 2:
+            return self.run(*args)
+        rows = [self.run(*(arg[i : i + 1] if isinstance(arg, Tensor) else arg for arg in args)) for i in range(count)]
+        return pytree.tree_map(lambda *leaves: torch.cat(leaves, dim=1), *rows)
 
     __call__ = outputs
 

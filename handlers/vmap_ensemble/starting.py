@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmap_ensemble.archive.manifest import Manifest, read_manifest
+from vmap_ensemble.archive.manifest import Manifest, check_code, read_manifest
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.forward import EnsembleForward
-from vmap_ensemble.core.proof import Proof, prove_equal
+from vmap_ensemble.core.proof import Proof, find_row_dependence, prove_equal
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
@@ -44,6 +44,8 @@ def make_place(settings: Settings, folder: Path | None, threads: int, gpu_id: in
     set_float32_precision(settings.float32_matmul_precision)
     device = choose_device(settings.device, gpu_id)
     manifest = read_manifest(folder) if folder else Manifest(())
+    if folder:
+        check_code(folder, manifest)
     return Place(folder, manifest, device, choose_dtype(settings.dtype, device), threads)
 
 
@@ -70,6 +72,14 @@ def choose_execution(task: Task, forward: EnsembleForward, batch_sizes: Sequence
     )
     examples = [task.collate(task.sample_examples(size)) for size in sorted({1, *batch_sizes})]
     return build_execution(settings.execution, forward, examples, options)
+
+
+@torch.inference_mode()
+def depends_on_neighbours(task: Task, forward: EnsembleForward) -> float | None:
+    """How far an example's answer depends on the others in its batch; None if it doesn't."""
+    examples = task.sample_examples(SAMPLE_BATCH)
+    rows = [task.collate([example]) for example in examples]
+    return find_row_dependence(forward, task.collate(examples), rows, task.settings.tolerance)
 
 
 def read_weights(settings: Settings, names: Sequence[str]) -> Tensor:

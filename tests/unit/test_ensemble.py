@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vmap_ensemble import Ensemble, ItemError
+from vmap_ensemble import Ensemble, ItemError, Task
 from vmap_ensemble.errors import LoadError, MemberError, SettingsError, UnfitItem, UnknownKind
 from vmap_ensemble.models.mnist import MnistNet
 from vmap_ensemble.serving.batch import Incoming, answer_batch
@@ -180,3 +180,39 @@ def test_members_that_differ_from_their_own_forwards_are_refused_at_the_first_ba
     monkeypatch.setattr(ensemble.forward, "member", lambda index, x: small(index)(x) + 1)
     with pytest.raises(LoadError, match="differs from the member's own"):
         ensemble.outputs(torch.randn(2, 3))
+
+
+class Whitened(nn.Module):
+    """Batch norm that takes its statistics from the batch, in eval mode as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(self.first(x).unsqueeze(-1).expand(-1, -1, 5) * torch.arange(5))[..., -1]
+
+
+def test_rows_that_depend_on_each_other_are_run_one_by_one(make_archive):
+    class Whitening(Task):
+        default_input_shape = (3,)
+
+        def build_model(self):
+            return Whitened().eval()
+
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Whitened().eval())
+    folder = make_archive({f"m{seed}": model.state_dict() for seed, model in enumerate(models)})
+    ensemble = Ensemble.load(folder, task=Whitening)
+    assert "each example alone" in ensemble.execution.reason
+    x = torch.randn(3, 3)
+    expected = torch.stack([torch.cat([model(row[None]) for row in x]) for model in models])
+    torch.testing.assert_close(ensemble.outputs(x), expected, rtol=1e-5, atol=1e-6)
+    together = [answer.body["prediction"] for answer in ensemble.predict(list(x))]
+    assert together == [ensemble.predict([row])[0].body["prediction"] for row in x]
+
+
+def test_independent_rows_stay_one_batch(mnist):
+    assert not Ensemble.load(mnist[0]).alone

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -29,17 +30,27 @@ from vmap_ensemble.errors import LoadError, MemberError
 MANIFEST_FILE = "members.json"
 MEMBERS_FOLDER = "members"
 MANIFEST_FORMAT = 1
+# Of files that are executed.
+CODE_SUFFIXES = (".py", ".so")
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What members.json says: the members, the file of what they share, and tied key -> kept key."""
+    """What members.json says.
+
+    Attributes:
+        members: One row per member.
+        shared: The file of what all members share, if there is one.
+        ties: Tied key -> kept key.
+        code: File -> SHA-256 of what is executed: Python files and libraries.
+    """
 
     members: tuple[Member, ...]
     shared: Member | None = None
     ties: Mapping[str, str] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
 
     def files(self) -> tuple[Member, ...]:
         """All rows that stand for a file, the shared one last."""
@@ -52,6 +63,7 @@ class Manifest:
             "members": [dataclasses.asdict(member) for member in self.members],
             "shared": dataclasses.asdict(self.shared) if self.shared else None,
             "ties": dict(self.ties),
+            "code": dict(self.code),
         }
         return json.dumps(rows, indent=2) + "\n"
 
@@ -84,16 +96,17 @@ def load_members(
     manifest = read_manifest(folder)
     spec = _common_spec(folder, manifest)
     stacked = allocate_stack(spec, len(manifest.members), device, dtype)
-    for index, member in enumerate(manifest.members):
-        with _open(folder, member) as file:
-            for key, stack in stacked.items():
-                stack[index].copy_(file.get_tensor(key))
-        if progress is not None:
-            progress(member.name, index + 1, len(manifest.members))
     shared: dict[str, Tensor] = {}
-    if manifest.shared is not None:
-        with _open(folder, manifest.shared) as file:
-            shared = {key: place(file.get_tensor(key), device, dtype) for key in file.keys()}  # noqa: SIM118
+    with hashes_checked(folder, manifest):
+        for index, member in enumerate(manifest.members):
+            with _open(folder, member) as file:
+                for key, stack in stacked.items():
+                    stack[index].copy_(file.get_tensor(key))
+            if progress is not None:
+                progress(member.name, index + 1, len(manifest.members))
+        if manifest.shared is not None:
+            with _open(folder, manifest.shared) as file:
+                shared = {key: place(file.get_tensor(key), device, dtype) for key in file.keys()}  # noqa: SIM118
     names = tuple(member.name for member in manifest.members)
     return with_ties(StackedMembers(names, stacked, shared, manifest.ties, manifest.members))
 
@@ -114,6 +127,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             members=tuple(Member(**row) for row in rows["members"]),
             shared=Member(**rows["shared"]) if rows["shared"] else None,
             ties=dict(rows["ties"]),
+            code=dict(rows.get("code") or {}),  # archives of earlier versions list none
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{MANIFEST_FILE}: malformed ({error}); build the archive again") from None
@@ -134,6 +148,39 @@ def check_hashes(folder: str | Path, manifest: Manifest) -> None:
                 f"{row.file}: SHA-256 is {got[:12]}…, {MANIFEST_FILE} says {row.sha256[:12]}…; "
                 "the file changed after it was archived"
             )
+
+
+@contextmanager
+def hashes_checked(folder: Path, manifest: Manifest) -> Iterator[None]:
+    """Compare the members' files with their SHA-256 in a thread, while they are read here; it is done at the end.
+
+    Raises:
+        LoadError: A file holds other bytes than when it was archived, though as many.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="hashes") as pool:
+        checking = pool.submit(check_hashes, folder, manifest)
+        yield
+        checking.result()
+
+
+def check_code(folder: Path, manifest: Manifest) -> None:
+    """Compare what is executed, Python files and libraries, with the SHA-256 that the manifest lists.
+
+    Raises:
+        LoadError: A file is missing or holds other bytes than when it was archived.
+    """
+    for file, digest in manifest.code.items():
+        path = folder / file
+        if not path.is_file():
+            raise LoadError(f"{file}: missing in the archive, but {MANIFEST_FILE} lists it")
+        if hash_file(path) != digest:
+            raise LoadError(f"{file}: changed after it was archived (its SHA-256 isn't {MANIFEST_FILE}'s)")
+
+
+def list_code(folder: Path) -> dict[str, str]:
+    """File -> SHA-256 of the Python files and libraries below a folder, by name."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix in CODE_SUFFIXES and path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in found}
 
 
 def hash_file(path: Path) -> str:

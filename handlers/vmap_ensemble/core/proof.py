@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,41 @@ def own_outputs(forward: EnsembleForward, args: tuple[Any, ...]) -> list[list[An
     """What each member's own plain forward gives: per member the leaves of its output, (B, ...) tensors."""
     members = range(len(forward.members.names))
     return [pytree.tree_leaves(forward.comparable(forward.member(index, *args), args, 0)) for index in members]
+
+
+def find_row_dependence(
+    forward: EnsembleForward, args: tuple[Any, ...], rows: Sequence[tuple[Any, ...]], tolerance: float | None = None
+) -> float | None:
+    """How far the answer to an example depends on its neighbours in the batch; None if it doesn't.
+
+    Batch norm without running statistics takes them from the batch; a convolution over texts sees the padding that
+    its neighbours need. It is the architecture's doing, so the first member's own forward is asked.
+
+    Args:
+        forward: Gives the members' own forwards.
+        args: A batch of several examples, (B, ...) each.
+        rows: The arguments of each of these examples alone, in order, with as much padding as it needs itself.
+        tolerance: As of `prove_equal`.
+
+    Returns:
+        The largest difference between batch and alone, relative to the largest output, if it is beyond the tolerance.
+    """
+    together = pytree.tree_leaves(forward.comparable(forward.member(0, *args), args, 0))
+    alone = [pytree.tree_leaves(forward.comparable(forward.member(0, *row), row, 0)) for row in rows]
+    worst = 0.0
+    for leaf, *own in zip(together, *alone, strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            continue
+        bound = tolerance or forward.tolerance or TOLERANCE.get(leaf.dtype, TOLERANCE[torch.float32])
+        start = 0
+        for part in own:
+            both = leaf[start : start + len(part)], part
+            start += len(part)
+            # What is alone needs less padding: outputs per token are compared as far as both go.
+            sizes = [min(sizes) for sizes in zip(*(tensor.shape for tensor in both), strict=True)]
+            difference, _ = _relative_difference(*(tensor[tuple(map(slice, sizes))] for tensor in both))
+            worst = max(worst, difference if not difference <= bound else 0.0)
+    return worst or None
 
 
 def split_members(forward: EnsembleForward, outputs: Any, args: tuple[Any, ...]) -> list[list[Any]]:

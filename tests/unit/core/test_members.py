@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vmap_ensemble.archive.manifest import Manifest, check_hashes, hash_file, load_members, read_manifest
+from vmap_ensemble.archive.manifest import (
+    Manifest,
+    check_code,
+    check_hashes,
+    hash_file,
+    list_code,
+    load_members,
+    read_manifest,
+)
 from vmap_ensemble.core.members import Member, StackedMembers, stack_members
 from vmap_ensemble.errors import LoadError, MemberError
 
@@ -158,6 +166,33 @@ def test_a_member_of_another_shape_is_named(tmp_path: Path) -> None:
     (tmp_path / "members.json").write_text(replace(manifest, members=(manifest.members[0], other)).to_json())
     with pytest.raises(LoadError, match=r"members/m1\.safetensors: key '0\.weight' is \(2, 2\) float32, in"):
         load_members(tmp_path)
+
+
+def test_a_member_changed_in_place_is_not_served(tmp_path: Path) -> None:
+    manifest = write_archive(tmp_path)
+    path = tmp_path / manifest.members[1].file
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(LoadError, match=r"members/m1\.safetensors: SHA-256 is .*; the file changed after"):
+        load_members(tmp_path)
+
+
+def test_changed_code_is_refused(tmp_path: Path) -> None:
+    manifest = write_archive(tmp_path)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "kernels.so").write_bytes(b"library")
+    (tmp_path / "handler.py").write_text("x = 1\n")
+    (tmp_path / "notes.txt").write_text("no code")
+    listed = replace(manifest, code=list_code(tmp_path))
+    assert list(listed.code) == ["handler.py", "package/kernels.so"]
+    (tmp_path / "members.json").write_text(listed.to_json())
+    check_code(tmp_path, read_manifest(tmp_path))
+    (tmp_path / "package" / "kernels.so").write_bytes(b"another")
+    with pytest.raises(LoadError, match=r"package/kernels\.so: changed after it was archived"):
+        check_code(tmp_path, read_manifest(tmp_path))
+    (tmp_path / "handler.py").unlink()
+    with pytest.raises(LoadError, match=r"handler\.py: missing in the archive"):
+        check_code(tmp_path, read_manifest(tmp_path))
 
 
 def test_a_flipped_bit_is_found_by_the_hash(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from vmap_ensemble.archive.settings import Settings, load_settings
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.frontends.torchserve.metrics import Metrics
 from vmap_ensemble.frontends.torchserve.worker import keep_parts_of_one_name, quieten_worker, threads_per_worker
 from vmap_ensemble.process import phases
@@ -116,6 +117,11 @@ class TorchServeHandler(Task):
                 context.set_response_status(reply.status, _phrase(reply), index)
         self.metrics.flush()
         return [reply.text for reply in replies]
+
+    @property
+    def execution(self) -> Execution:
+        """How the forward is run, and why."""
+        return self.ensemble.execution
 
     def describe_handle(self) -> dict[str, Any]:
         """What is served; TorchServe's name for it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vmap_ensemble.archive.manifest import check_hashes
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.traced.answers import prove_traced, read_answers
@@ -48,6 +49,7 @@ class TracedTask(TextTask):
     def make_forward(self, timed: Phases) -> TracedForward:  # type: ignore[override]
         """Load the library, then the traced members."""
         folder, rows = self._folder(), self.place.manifest.members
+        check_hashes(folder, self.place.manifest)
         with timed(phases.LIBRARY):
             load_ft_library(folder / self.settings.library)
         with timed(phases.STACK):
