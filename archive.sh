@@ -3,7 +3,7 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-needed='import torch, torchvision, ts, model_archiver, safetensors, pydantic, rich'
+needed='import torch, torchvision, safetensors, pydantic, rich'
 
 can_archive() {
     [ -n "$1" ] && command -v "$1" >/dev/null 2>&1 && "$1" -c "$needed" >/dev/null 2>&1
@@ -22,4 +22,4 @@ if [ -z "$python" ]; then
 fi
 
 # Paths on the command line start where the caller is, so the working directory stays.
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m archiver "$@"
+PYTHONPATH="$root:$root/handlers${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m archiver "$@"

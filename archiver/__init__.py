@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-HANDLERS = REPOSITORY / "handlers"
+import vmap_ensemble
 
-# handlers/ is the root of every archive, so imports read the same here, in tests and in a worker.
-if str(HANDLERS) not in sys.path:
-    sys.path.insert(0, str(HANDLERS))
+# Handler files lie beside the package, in a repository as where it is installed.
+HANDLERS = Path(vmap_ensemble.__file__).resolve().parent.parent
+# Of the tools: a repository's root, or the folder that they are installed into.
+ROOT = Path(__file__).resolve().parent.parent
+# Where blocks and archives lie by default: in a repository its own, elsewhere where the caller is.
+HOME = ROOT if (ROOT / "setup_config.json").is_file() else Path.cwd()

@@ -16,7 +16,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from archiver import REPOSITORY
+from archiver import HOME
 from archiver.blocks import make_request, read_blocks
 from archiver.build import build_archive
 from archiver.check import check_archive
@@ -60,8 +60,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--force", action="store_true", help="replace an archive that exists")
     add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
     add("--compile", action="store_true", help="pack the forward as native code as well, for this kind of processor")
-    add("--output", type=Path, default=REPOSITORY / "model_store", metavar="DIR", help="default: model_store")
-    add("--config", type=Path, default=REPOSITORY / "setup_config.json", metavar="FILE", help="the blocks")
+    add("--output", type=Path, default=HOME / "model_store", metavar="DIR", help="default: model_store")
+    add("--config", type=Path, default=HOME / "setup_config.json", metavar="FILE", help="the blocks")
     add("--check", nargs="+", metavar=("MAR", "INPUT"), help="run an archive's handler on one request")
     add("--list", action="store_true", help="list the blocks and whether their archive is built")
     add("--debug", action="store_true", help="show tracebacks and logs of what fails")

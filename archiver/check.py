@@ -54,7 +54,7 @@ def _unpack(path: Path, folder: Path) -> int:
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise ArchiveError(f"{path.name}: unpack: not a whole archive ({error})") from None
     if "MAR-INF/MANIFEST.json" not in names:
-        raise ArchiveError(f"{path.name}: unpack: no MAR-INF/MANIFEST.json; not made by torch-model-archiver")
+        raise ArchiveError(f"{path.name}: unpack: no MAR-INF/MANIFEST.json; no archive of TorchServe's")
     return len(names)
 
 

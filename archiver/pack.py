@@ -1,16 +1,16 @@
-"""Turns surveyed members into a .mar: stage, run torch-model-archiver, move the result into place at once."""
+"""Turns surveyed members into a .mar: stage, zip as torch-model-archiver does, move the result into place at once."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
-from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file
+from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file, list_code
 from vmap_ensemble.archive.precision import PRECISION_FILE
 from vmap_ensemble.archive.settings import SETTINGS_FILE
 from vmap_ensemble.core.members import Member
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
+from vmap_ensemble.version import __version__
 
 PACKAGE = "vmap_ensemble"
 LABELS_FILE = "index_to_name.json"
@@ -36,7 +37,6 @@ RESERVED_NAMES = (
     *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
     *(COMPILED_FOLDER, "MAR-INF"),
 )
-ARCHIVER_TIMEOUT_S = 1800
 
 Step = Callable[[str], None]
 
@@ -76,7 +76,7 @@ def pack_archive(
         complete: Called with the archive's root before it is packed, to run it and add to it.
 
     Raises:
-        ArchiveError: Something can't be written, or torch-model-archiver fails. The old archive is untouched.
+        ArchiveError: Something can't be written, or a file is in the way. The old archive is untouched.
     """
     with _private_folder(target) as work:
         stage = work / "stage"
@@ -85,9 +85,11 @@ def pack_archive(
             complete(stage)
             for cache in list(stage.rglob("__pycache__")):
                 shutil.rmtree(cache)  # of modules that `complete` imported
+            manifest = dataclasses.replace(manifest, code=list_code(stage))
+            (stage / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
             step("pack")
-            built = _run_archiver(request, stage, work)
-            _verify(built, stage)
+            built = work / target.name
+            write_mar(built, stage, describe_model(request))
             os.replace(built, target)
         except OSError as error:
             raise ArchiveError(f"{target.name}: can't be written ({error})") from None
@@ -111,11 +113,14 @@ def _private_folder(target: Path) -> Iterator[Path]:
 
 
 def _stage(request: ArchiveRequest, survey: Survey | TracedMembers, stage: Path, step: Step) -> Manifest:
-    """Lay out the root of the archive; torch-model-archiver copies a folder's contents, folders included."""
+    """Lay out the root of the archive."""
     (stage / MEMBERS_FOLDER).mkdir(parents=True)
     shutil.copytree(HANDLERS / PACKAGE, stage / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     settings = settings_of(request, None if isinstance(survey, TracedMembers) else survey.num_classes)
     (stage / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(request.handler, stage / request.handler.name)
+    if request.model_config is not None:
+        _copy_extra(request.model_config, stage, request)
     if request.labels is not None:
         shutil.copyfile(request.labels, stage / LABELS_FILE)
     for path in (*request.extra_files, *((request.model_file,) if request.model_file else ())):
@@ -134,7 +139,7 @@ def settings_of(request: ArchiveRequest, num_classes: int | None) -> dict[str, A
 
 
 def _copy_extra(path: Path, stage: Path, request: ArchiveRequest) -> None:
-    if path.name in (*RESERVED_NAMES, request.handler.name) or (stage / path.name).exists():
+    if path.name in RESERVED_NAMES or (stage / path.name).exists():
         raise ArchiveError(f"extra file '{path.name}': an archive has a file of that name already")
     if path.is_dir():
         shutil.copytree(path, stage / path.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -167,33 +172,21 @@ def _write(stage: Path, name: str, source: str, tensors: Mapping[str, Tensor], d
     return Member(name, file, hash_file(path), source, path.stat().st_size, digest)
 
 
-def _run_archiver(request: ArchiveRequest, stage: Path, work: Path) -> Path:
-    """Run torch-model-archiver, whose working folder <TMPDIR>/<model name> must be ours alone."""
-    temporary = work / "tmp"
-    temporary.mkdir()
-    command = [
-        *(sys.executable, "-m", "model_archiver.model_packaging"),
-        *("--model-name", request.name, "--version", request.version),
-        *("--handler", str(request.handler), "--extra-files", str(stage)),
-        *("--archive-format", "zip-store", "--export-path", str(work)),
-    ]
+def describe_model(request: ArchiveRequest) -> dict[str, Any]:
+    """MAR-INF/MANIFEST.json of an archive, with the keys that TorchServe reads (Manifest.java)."""
+    model = {"modelName": request.name, "handler": request.handler.name, "modelVersion": request.version}
     if request.model_config is not None:
-        command += ["--config-file", str(request.model_config)]
-    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=ARCHIVER_TIMEOUT_S, check=False
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArchiveError(f"torch-model-archiver failed with {done.returncode}: {last}")
-    return work / f"{request.name}.mar"
+        model["configFile"] = request.model_config.name
+    created = datetime.now().strftime("%d/%m/%Y %H:%M:%S")
+    return {"createdOn": created, "runtime": "python", "model": model, "archiverVersion": __version__}
 
 
-def _verify(built: Path, stage: Path) -> None:
-    """Count what torch-model-archiver packed: it flattens and skips files in silence."""
-    with zipfile.ZipFile(built) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-    wanted = {path.relative_to(stage).as_posix(): path.stat().st_size for path in stage.rglob("*") if path.is_file()}
-    wrong = [file for file, size in wanted.items() if sizes.get(file) != size]
-    if wrong:
-        raise ArchiveError(f"torch-model-archiver left out {', '.join(wrong)}")
+def write_mar(path: Path, stage: Path, manifest: Mapping[str, Any]) -> None:
+    """Zip a folder as TorchServe wants it: files and folders in the root, stored as they are, the manifest last.
+
+    Weights don't compress; deflating them takes ten times as long, and so does the unpacking at every start.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
+        for file in sorted(file for file in stage.rglob("*") if file.is_file()):
+            archive.write(file, file.relative_to(stage).as_posix())
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest, indent=2))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archiver import REPOSITORY
+from archiver import HANDLERS, HOME, ROOT
 from archiver.blocks import ArchiveRequest
 from archiver.source import Source
 from vmap_ensemble.archive.manifest import MEMBERS_FOLDER, Manifest, hash_file
@@ -75,10 +75,10 @@ def _trace(request: ArchiveRequest, source: Source, folder: Path) -> Source:
 
 def _run_tool(name: str, options: Sequence[str], where: str) -> None:
     """Run a command of fastertransformer/ in a process of its own: the library stays out of this one."""
-    if not (REPOSITORY / TOOLS / f"{name}.py").is_file():
-        raise ArchiveError(f"{where}: {TOOLS}/{name}.py is not in this repository; give traced .pt files")
+    if not (ROOT / TOOLS / f"{name}.py").is_file():
+        raise ArchiveError(f"{where}: {TOOLS}/{name}.py is not installed; give traced .pt files")
     command = [sys.executable, "-m", f"{TOOLS}.{name}", *options]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(HANDLERS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": path},
@@ -142,7 +142,7 @@ def find_library(request: ArchiveRequest, name: str) -> Path:
         raise ArchiveError(f"library_path: {given.name}: no such file")
     if name != LIBRARY:
         raise ArchiveError(f"library '{name}': give its file in the key 'library_path'")
-    built = REPOSITORY / "build" / LIBRARY
+    built = HOME / "build" / LIBRARY
     _run_tool("build", ["--output", str(built)], f"library '{name}'")
     return built
 

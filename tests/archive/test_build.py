@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from archiver import REPOSITORY, kernels, pack
+from archiver import ROOT as REPOSITORY
+from archiver import kernels, pack
 from tests.archive.conftest import HANDLER, Project, tiny_state
 from vmap_ensemble.archive.manifest import hash_file, load_members, read_manifest
 from vmap_ensemble.errors import LoadError
@@ -257,7 +259,7 @@ def test_an_archive_is_replaced_only_with_force(project: Project, capsys) -> Non
     assert torch.equal(load_members(project.unpack()).stacked["head.bias"][1], tiny_state(7)["head.bias"])
 
 
-@pytest.mark.parametrize("fails_at", ["_write_members", "_run_archiver", "_verify"])
+@pytest.mark.parametrize("fails_at", ["_write_members", "list_code", "write_mar"])
 def test_a_failed_run_leaves_the_old_archive(project: Project, monkeypatch, fails_at: str) -> None:
     project.run("tiny")
     before = project.mar.read_bytes()
@@ -271,7 +273,7 @@ def test_a_failed_run_leaves_the_old_archive(project: Project, monkeypatch, fail
     assert project.leftovers() == ["tiny.mar"]
 
 
-def test_the_archivers_own_failure_is_one_line(project: Project, capsys) -> None:
+def test_a_model_config_that_is_no_file_is_one_line(project: Project, capsys) -> None:
     (project.folder / "run.yaml").mkdir()
     project.block(model_config="run.yaml")
     assert project.run("tiny") == 1
@@ -284,10 +286,10 @@ def test_a_killed_run_leaves_the_old_archive(project: Project) -> None:
     code = (
         "import sys, time\nfrom archiver import pack\nfrom archiver.__main__ import main\n"
         "def wait(*a):\n    print('packing', flush=True)\n    time.sleep(60)\n"
-        "pack._run_archiver = wait\nsys.exit(main(sys.argv[1:]))\n"
+        "pack.write_mar = wait\nsys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["tiny", "--force", "--config", "setup_config.json", "--output", str(project.store)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "handlers")])}
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True
     ) as child:
@@ -298,6 +300,40 @@ def test_a_killed_run_leaves_the_old_archive(project: Project) -> None:
         assert child.wait(timeout=60) == 143
     assert project.mar.read_bytes() == before
     assert project.leftovers() == ["tiny.mar"]
+
+
+def test_the_archive_is_laid_out_as_torch_model_archiver_does_it(project: Project) -> None:
+    """TorchServe reads what its own archiver writes; ours writes the same names and manifest keys."""
+    pytest.importorskip("model_archiver")
+    (project.folder / "run.yaml").write_text("batchSize: 2\n")
+    project.block(model_config="run.yaml", version="2.5")
+    assert project.run("tiny") == 0
+    stage = project.unpack()
+    theirs = project.folder / "theirs"
+    theirs.mkdir()
+    extra = shutil.copytree(
+        stage, project.folder / "stage", ignore=shutil.ignore_patterns("MAR-INF", "tiny_handler.py")
+    )
+    (extra / "run.yaml").unlink()
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "tiny", "--version", "2.5"]
+    files = ["--handler", "tiny_handler.py", "--config-file", "run.yaml", "--extra-files", str(extra)]
+    target = ["--archive-format", "zip-store", "--export-path", str(theirs)]
+    subprocess.run([*command, *files, *target], cwd=project.folder, check=True, capture_output=True)
+    read = []
+    for mar in (project.mar, theirs / "tiny.mar"):
+        with zipfile.ZipFile(mar) as archive:
+            names = {name for name in archive.namelist() if not name.endswith("/")}
+            manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))
+            read.append((names, set(manifest), manifest["model"], manifest["runtime"]))
+    assert read[0] == read[1]
+
+
+def test_what_is_executed_is_listed_with_its_hash(project: Project) -> None:
+    assert project.run("tiny") == 0
+    folder = project.unpack()
+    code = json.loads((folder / "members.json").read_text())["code"]
+    assert code["tiny_handler.py"] == hash_file(folder / "tiny_handler.py")
+    assert set(code) == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".py", ".so")}
 
 
 def test_a_read_only_store_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

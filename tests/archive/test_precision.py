@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from archiver import REPOSITORY
+from archiver import ROOT as REPOSITORY
 from mnist_handler import MnistHandler
 from tests.archive.conftest import Project
 from vmap_ensemble.archive.precision import read_precision

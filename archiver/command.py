@@ -1,0 +1,43 @@
+"""Turns `vmap-ensemble COMMAND ...` into the tool of that name, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from vmap_ensemble.version import __version__
+
+# Command -> module, what it puts before the arguments, one line of help.
+COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "archive": ("archiver.__main__", (), "build archives: what ./archive.sh does"),
+    "check": ("archiver.__main__", ("--check",), "load an archive and ask it: check MAR [INPUT]"),
+    "list": ("archiver.__main__", ("--list",), "list the blocks of setup_config.json"),
+}
+
+
+def usage() -> str:
+    """The page that --help prints."""
+    rows = "\n".join(f"  {name:<10}{text}" for name, (_, _, text) in COMMANDS.items())
+    return f"usage: vmap-ensemble COMMAND [options]\n\n{rows}\n\nvmap-ensemble COMMAND --help tells its options."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code, 2 for wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if given and given[0] == "--version":
+        print(f"vmap-ensemble {__version__}")
+        return 0
+    if not given or given[0] not in COMMANDS:
+        print(usage(), file=sys.stderr)
+        return 2
+    module, before, _ = COMMANDS[given[0]]
+    run: Callable[[Sequence[str]], int] = importlib.import_module(module).main
+    return run([*before, *given[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
