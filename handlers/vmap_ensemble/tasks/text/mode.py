@@ -12,13 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmap_ensemble.core.aggregate import summands
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput
 from vmap_ensemble.tasks.text.settings import TextSettings
+
+# Tokens in all windows of a request, where the settings name no number of windows: about what a CPU computes in some
+# seconds with the members of a base-sized encoder.
+WINDOW_TOKENS = 2048
+# Tokens beyond those kept of one text of a pair.
+SPARE_TOKENS = 64
+# Names of transformers' tables of learned positions.
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Window:
 
     Attributes:
         arrays: Model input name -> ids of one sequence without padding.
-        offsets: Per token, the characters (start, end) it stands for in its own text.
+        offsets: Per token, the characters (start, end) it stands for in its own text, without spaces around them.
         sequence_ids: Per token 0 for the first text, 1 for the second, None for special tokens.
         word_ids: Per token the number of its word, None for special tokens.
     """
@@ -43,10 +51,24 @@ class Window:
 
 @dataclass(frozen=True)
 class TextExample:
-    """One item: what was read, and the windows of it; several only for a long context."""
+    """One item: what was read, and the windows of it.
+
+    Attributes:
+        text: What was read.
+        windows: Its sequences of tokens; several only for a long text.
+        truncated: Whether tokens of the text were cut off.
+        overlap: Tokens that neighbouring windows share.
+    """
 
     text: TextInput
     windows: list[Window] = field(default_factory=list)
+    truncated: bool = False
+    overlap: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all windows: what the item costs."""
+        return sum(map(len, self.windows))
 
 
 @dataclass(frozen=True)
@@ -72,17 +94,45 @@ class TextMode(ABC):
         tokenizer: A fast tokenizer of transformers.
         labels: Class number -> label.
         names: The members, in the order of the stack.
+        positions: Longest sequence that the members have positions for (`positions_of`); None: any.
+        vocabulary: Number of tokens that the members have embeddings for (`vocabulary_of`); None: all.
     """
 
-    def __init__(self, settings: TextSettings, tokenizer: Any, labels: dict[int, str], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: TextSettings,
+        tokenizer: Any,
+        labels: dict[int, str],
+        names: Sequence[str],
+        positions: int | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         self.settings, self.tokenizer, self.labels, self.names = settings, tokenizer, labels, tuple(names)
+        self.positions, self.vocabulary = positions, vocabulary
 
     @abstractmethod
     def read(self, item: Any) -> TextInput:
         """Check an item of a request."""
 
-    @abstractmethod
     def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | RequestError]:
+        """Answer a batch; an answer to a text that was cut off says so.
+
+        Args:
+            outputs: Of all members, rows in the order of the windows.
+            weights: (M, B), 0 for members outside an example's subset.
+            options: One per example.
+            examples: What `encode` returned.
+        """
+        answers = self.answer_batch(outputs, weights, options, examples)
+        for answer, example in zip(answers, examples, strict=True):
+            if example.truncated and isinstance(answer, Answer):
+                answer.body["truncated"] = True
+        return answers
+
+    @abstractmethod
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | RequestError]:
         """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
@@ -118,15 +168,89 @@ class TextMode(ABC):
     def encode(self, item: Any) -> TextExample:
         """Read an item and tokenise it; what exceeds max_length is cut off."""
         text = self.read(item)
+        short = self._shortened(text)
         encoded = self.tokenizer(
-            text.text, text.pair, truncation=True, max_length=self.max_length, return_offsets_mapping=True
+            short.text, short.pair, truncation=True, max_length=self.max_length, return_offsets_mapping=True
         )
-        return TextExample(text, [window_of(encoded, 0)])
+        window = self.checked(window_of(encoded, 0, short))
+        return TextExample(text, [window], short != text or bool(encoded.encodings[0].overflowing))
+
+    def encode_windows(self, text: TextInput, truncation: bool | str, stride: int) -> TextExample:
+        """Tokenise a text into windows of max_length that share `stride` tokens.
+
+        Raises:
+            RequestError: 413 for more windows than a request may have.
+        """
+        encoded = self.tokenizer(
+            text.text,
+            text.pair,
+            truncation=truncation,
+            max_length=self.max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        count = len(encoded["input_ids"])
+        self.check_windows(count)
+        windows = [self.checked(window_of(encoded, i, text)) for i in range(count)]
+        if self.tokenizer.truncation_side == "left":  # from the text's end to its beginning
+            windows.reverse()
+        return TextExample(text, windows, overlap=stride)
 
     @property
     def max_length(self) -> int:
-        """Longest sequence: the settings' or the tokenizer's, whichever is less."""
-        return min(self.settings.max_length, int(self.tokenizer.model_max_length))
+        """Longest sequence: the settings', the tokenizer's or the members', whichever is least."""
+        limits = (self.settings.max_length, int(self.tokenizer.model_max_length), self.positions)
+        return min(limit for limit in limits if limit is not None)
+
+    @property
+    def max_windows(self) -> int:
+        """Most windows of one request: the settings', or as many as hold WINDOW_TOKENS together."""
+        return self.settings.max_windows or max(1, WINDOW_TOKENS // self.max_length)
+
+    def check_windows(self, count: int) -> None:
+        """Refuse a request whose texts have too many windows.
+
+        Raises:
+            RequestError: 413.
+        """
+        if count > self.max_windows:
+            raise RequestError(
+                413,
+                f"the text has {count} windows of {self.max_length} tokens; at most {self.max_windows} are read at "
+                "once: send it in parts",
+            )
+
+    def checked(self, window: Window) -> Window:
+        """A window all of whose tokens the members know.
+
+        Raises:
+            RequestError: 422 for a token that was added to the tokenizer alone.
+        """
+        if self.vocabulary is not None and max(window.arrays["input_ids"], default=0) >= self.vocabulary:
+            raise RequestError(
+                422,
+                f"the text holds a token of the tokenizer that the members lack: they have {self.vocabulary}",
+            )
+        return window
+
+    def _shortened(self, text: TextInput) -> TextInput:
+        """A pair of texts, each cut behind the tokens that could be kept.
+
+        A tokenizer pairs every part that it cuts off the one text with every part of the other: two texts of 50,000
+        characters took half a minute.
+        """
+        if text.pair is None or self.tokenizer.truncation_side == "left":
+            return text
+        return TextInput(self._beginning(text.text), self._beginning(text.pair))
+
+    def _beginning(self, text: str) -> str:
+        if len(text) <= self.max_length:
+            return text
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        # Some more than are kept: the tokens before the cut may be others.
+        kept = self.max_length + SPARE_TOKENS
+        return text if len(offsets) <= kept else text[: offsets[kept - 1][1]]
 
     def sample_items(self, count: int) -> list[Any]:
         """Items of different lengths to prove the forward on at load."""
@@ -204,13 +328,50 @@ class TextMode(ABC):
         return body, left_out
 
 
-def window_of(encoded: Any, index: int) -> Window:
+def window_of(encoded: Any, index: int, text: TextInput) -> Window:
     """One sequence of a tokenizer's result; a single text's fields are not nested."""
     encoding = encoded.encodings[index]
     own = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
     skipped = ("offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask")
     arrays = {key: (value[index] if own else value) for key, value in encoded.items() if key not in skipped}
-    return Window(arrays, list(encoding.offsets), list(encoding.sequence_ids), list(encoding.word_ids))
+    sequence_ids = list(encoding.sequence_ids)
+    texts = (text.text, text.pair or "")
+    # Byte-level BPE and sentencepiece count the space before a word among its first token.
+    offsets = [
+        span if part is None else trim(texts[part], *span)
+        for part, span in zip(sequence_ids, encoding.offsets, strict=True)
+    ]
+    return Window(arrays, offsets, sequence_ids, list(encoding.word_ids))
+
+
+def trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """A stretch of a text without the spaces around it; one of spaces alone is empty, behind them."""
+    while start < end and text[start].isspace():
+        start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Longest sequence that a model has learned positions for; None where it has no such table.
+
+    Positions behind a padding index begin after it: RoBERTa's 514 rows are for 512 tokens.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            # BART's kin leave rows out without a padding index.
+            return int(module.num_embeddings) - max(unused, int(getattr(module, "offset", 0)))
+    return None
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Number of tokens that a model has embeddings for; None where it doesn't say."""
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, int]) -> tuple[Tensor, ...]:
