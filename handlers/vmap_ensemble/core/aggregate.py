@@ -170,8 +170,8 @@ def kind_of_outputs(outputs: Tensor) -> OutputKind:
     if rows.shape[-1] == 1:
         if ((rows >= 0) & (rows <= 1)).all():
             raise LoadError(
-                "the model's one output lies within 0 and 1 on the sample, as a logit or a probability may: set 'output' "
-                "to 'logits' or 'probabilities' in setup_config.json"
+                "the model's one output lies within 0 and 1 on the sample, as a logit or a probability may: set "
+                "'output' to 'logits' or 'probabilities' in setup_config.json"
             )
         return "logits"
     tolerance = SUM_TOLERANCE.get(outputs.dtype, 1e-3)

@@ -22,9 +22,9 @@ from vmap_ensemble.tasks.text.mode import (
     Window,
     as_number,
     rows_of,
-    trim,
     unknown_target,
 )
+from vmap_ensemble.tasks.text.windows import trim
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class QuestionAnswering(TextMode):
         information = ((start.mutual_information[row] + end.mutual_information[row]) / 2).item()
         agreement = ((start.agreement[row] + end.agreement[row]) / 2).item()
         answerable = bool(found) and found[0].beats(null, self.tie)
-        nothing = {"answer": "", "start": 0, "end": 0, "score": null.score}
+        nothing: dict[str, Any] = {"answer": "", "start": 0, "end": 0, "score": null.score}
         prediction = spans[0] if answerable else nothing
         body: dict[str, Any] = {
             "prediction": prediction,

@@ -54,8 +54,11 @@ class TextSettings(Settings):
     doc_stride: PositiveInt = Field(128, description="Tokens that neighbouring windows of a long text share.")
     max_windows: PositiveInt | None = Field(
         None,
-        description="Windows of one request; longer texts are refused with a 413. By default as many as hold 2,048 "
+        description="Windows of one text; longer ones are refused with a 413. By default as many as hold 2,048 "
         "tokens together.",
+    )
+    max_request_tokens: PositiveInt = Field(
+        32_768, description="Tokens over all texts of a request; more are refused with a 413."
     )
     max_answer_tokens: PositiveInt = Field(30, description="Longest answer to a question, in tokens.")
     max_characters: PositiveInt = Field(200_000, description="Longer texts are refused with a 413.")

@@ -20,10 +20,10 @@ from vmap_ensemble.tasks.text.mode import (
     Window,
     as_number,
     rows_of,
-    trim,
     unknown_target,
 )
 from vmap_ensemble.tasks.text.tags import Span, SpanJoiner, TagScheme
+from vmap_ensemble.tasks.text.windows import trim
 
 
 class TokenClassification(TextMode):
