@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from vmap_ensemble.tasks.text.mode import (
     unknown_target,
 )
 from vmap_ensemble.tasks.text.tags import Span, SpanJoiner, TagScheme
-from vmap_ensemble.tasks.text.windows import trim
+from vmap_ensemble.tasks.text.windows import is_punctuation, trim
 
 
 class TokenClassification(TextMode):
@@ -171,18 +171,17 @@ class TokenClassification(TextMode):
             information: T mutual informations.
         """
         text, joiner = example.text.text, SpanJoiner()
-        previous_word, previous_end = None, 0
+        previous = _Token(None, 0, 0)
         for token, (row, i) in enumerate(join_windows(example)):
             window = example.windows[row]
-            (start, end), word = window.offsets[i], window.word_ids[i]
-            # Tokenizers that don't cut texts into words before they tokenise give one number to all of a text.
-            begins = word != previous_word or token == 0 or text[previous_end:start].isspace()
-            previous_word, previous_end = word, end
+            current = _Token(window.word_ids[i], *window.offsets[i])
+            begins = token == 0 or _begins_word(current, previous, text)
+            previous = current
             if not begins:
-                joiner.go_on(end)
+                joiner.go_on(current.end)
                 continue
             label = labels[token]
-            span = joiner.word(self.scheme.read(self.labels.get(label, str(label))), start, end)
+            span = joiner.word(self.scheme.read(self.labels.get(label, str(label))), current.start, current.end)
             if span is not None:
                 span.probabilities.append(probabilities[token])
                 span.information.append(information[token])
@@ -199,6 +198,23 @@ class TokenClassification(TextMode):
             "probability": sum(span.probabilities) / len(span.probabilities),
             "mutual_information": sum(span.information) / len(span.information),
         }
+
+
+class _Token(NamedTuple):
+    word: int | None
+    start: int
+    end: int
+
+
+def _begins_word(token: _Token, previous: _Token, text: str) -> bool:
+    """Whether a token is not of the word before it.
+
+    Tokenizers that cut texts at spaces alone, or not at all, give one number to "Berlin.", or to all of a text.
+    """
+    if token.word != previous.word or text[previous.end : token.start].isspace():
+        return True
+    own, before = text[token.start : token.end], text[previous.start : previous.end]
+    return bool(own and before) and is_punctuation(own) != is_punctuation(before)
 
 
 def join_windows(example: TextExample, first_row: int = 0) -> list[tuple[int, int]]:

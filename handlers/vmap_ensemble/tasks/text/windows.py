@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,11 @@ def trim(text: str, start: int, end: int) -> tuple[int, int]:
     while start < end and text[end - 1].isspace():
         end -= 1
     return start, end
+
+
+def is_punctuation(text: str) -> bool:
+    """Whether there are only marks and symbols in a text; vowel signs, which aren't letters either, are none."""
+    return all(unicodedata.category(character)[0] in "PS" for character in text)
 
 
 def positions_of(model: nn.Module) -> int | None:
