@@ -106,10 +106,10 @@ def _flatten(data: list[Any], shape: list[int], where: str) -> list[Any]:
     """The values of data that is flat, or nested as its shape says."""
     flat, depth = data, 0
     while any(isinstance(row, list) for row in flat):
-        if depth + 1 >= len(shape):
-            raise RequestError(400, f"{where}.data: lists are nested deeper than shape {quote(shape)}")
         if not all(isinstance(row, list) for row in flat):
             raise RequestError(400, f"{where}.data: expected values or lists, got both side by side")
+        if depth + 1 >= len(shape):
+            raise RequestError(400, f"{where}.data: lists are nested deeper than shape {quote(shape)}")
         if any(len(row) != shape[depth + 1] for row in flat):
             raise RequestError(400, f"{where}.data: lists of other lengths than shape {quote(shape)} says")
         flat, depth = [value for row in flat for value in row], depth + 1

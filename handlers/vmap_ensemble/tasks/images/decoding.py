@@ -239,7 +239,9 @@ def decode_base64(text: str, what: str) -> bytes:
     prefix, _, tail = text.rpartition(";base64,")
     if prefix and "%" in tail:  # data: is an URL
         tail = unquote(tail)
-    letters = "".join(tail.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    # Lines, not words: what has spaces between is a text.
+    joined = "".join(line.strip() for line in tail.splitlines())
+    letters = joined.rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError):
