@@ -122,6 +122,22 @@ class TextMode(ABC):
         """
         raise RequestError(501, f"mode '{self.settings.mode}' has nothing to explain")
 
+    def parse(self, item: Any) -> TextExample:
+        """Read and tokenise an item of a request, within what one may cost.
+
+        Raises:
+            RequestError: The item can't be read; 413 for more windows than a text may have.
+        """
+        example = self.encode(item)
+        count = len(example.windows)
+        if count > self.max_windows:
+            raise RequestError(
+                413,
+                f"the text has {count} windows of {self.max_length} tokens; at most {self.max_windows} are read at "
+                "once: send it in parts",
+            )
+        return example
+
     def encode(self, item: Any) -> TextExample:
         """Read an item and tokenise it; what exceeds max_length is cut off."""
         text = self.read(item)
@@ -133,11 +149,7 @@ class TextMode(ABC):
         return TextExample(text, [window], short != text or bool(encoded.encodings[0].overflowing))
 
     def encode_windows(self, text: TextInput, truncation: bool | str, stride: int) -> TextExample:
-        """Tokenise a text into windows of max_length that share `stride` tokens.
-
-        Raises:
-            RequestError: 413 for more windows than a text may have.
-        """
+        """Tokenise a text into windows of max_length that share `stride` tokens."""
         encoded = self.tokenizer(
             text.text,
             text.pair,
@@ -147,9 +159,7 @@ class TextMode(ABC):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        count = len(encoded["input_ids"])
-        self.check_windows(count)
-        windows = [self.checked(window_of(encoded, i, text)) for i in range(count)]
+        windows = [self.checked(window_of(encoded, i, text)) for i in range(len(encoded["input_ids"]))]
         if self.tokenizer.truncation_side == "left":  # from the text's end to its beginning
             windows.reverse()
         return TextExample(text, windows, overlap=stride)
@@ -164,19 +174,6 @@ class TextMode(ABC):
     def max_windows(self) -> int:
         """Most windows of one text: the settings', or as many as hold WINDOW_TOKENS together."""
         return self.settings.max_windows or max(1, WINDOW_TOKENS // self.max_length)
-
-    def check_windows(self, count: int) -> None:
-        """Refuse a text that has too many windows.
-
-        Raises:
-            RequestError: 413.
-        """
-        if count > self.max_windows:
-            raise RequestError(
-                413,
-                f"the text has {count} windows of {self.max_length} tokens; at most {self.max_windows} are read at "
-                "once: send it in parts",
-            )
 
     def checked(self, window: Window) -> Window:
         """A window all of whose tokens the members know.

@@ -83,7 +83,7 @@ class TextEnsembleHandler(VmapEnsembleHandler):
 
     def parse(self, item: Any) -> TextExample:
         """Read and tokenise one item."""
-        return self.mode.encode(item)
+        return self.mode.parse(item)
 
     def collate(self, examples: Sequence[TextExample]) -> tuple[Tensor, ...]:
         """Pad the windows of all examples to the longest: one (R, S) int64 tensor per argument of the model."""

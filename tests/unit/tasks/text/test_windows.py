@@ -137,9 +137,9 @@ def test_an_entity_across_windows_is_one():
 
 def test_too_many_windows_are_refused():
     mode = mode_of(TokenClassification, words_tokenizer(), max_length=12, doc_stride=4, max_windows=3)
-    assert len(mode.encode("w1 " * 22).windows) == 3
+    assert len(mode.parse("w1 " * 22).windows) == 3
     with pytest.raises(RequestError, match="the text has 4 windows of 12 tokens; at most 3") as caught:
-        mode.encode("w1 " * 23)
+        mode.parse("w1 " * 23)
     assert caught.value.status == 413
 
 
@@ -153,7 +153,7 @@ def test_a_long_context_is_refused_at_once():
     mode = mode_of(QuestionAnswering, words_tokenizer(), max_length=384)
     start = time.perf_counter()
     with pytest.raises(RequestError) as caught:
-        mode.encode({"question": "w1", "context": "w1 " * 60_000})
+        mode.parse({"question": "w1", "context": "w1 " * 60_000})
     assert caught.value.status == 413
     assert time.perf_counter() - start < 30
 
