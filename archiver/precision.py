@@ -16,11 +16,12 @@ from archiver.staged import open_task
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import load_settings
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
-from vmap_ensemble.errors import ArchiveError, ItemError
+from vmap_ensemble.errors import ArchiveError, ItemError, LoadError
 from vmap_ensemble.execution.int8.calibration import calibrate
 from vmap_ensemble.execution.int8.forward import quantise_forward
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.starting import read_weights
+from vmap_ensemble.tasks.classification import kind_for, pick_outputs
 from vmap_ensemble.tasks.task import Task
 
 BATCH = 16
@@ -132,13 +133,16 @@ def _predict(task: Task, run: Callable[..., Any], batches: Batches, name: str) -
     rows = []
     for batch in batches:
         outputs = run(*batch)
-        if not isinstance(outputs, Tensor) or outputs.dim() != 3:
+        try:
+            picked = pick_outputs(outputs, settings.num_classes).float()
+            kind = kind_for(settings, outputs)
+        except LoadError as error:
             raise ArchiveError(
                 f"'{name}': samples judge the precision of classifiers, whose output is (batch, classes); "
-                "leave --samples out for this handler"
-            )
-        weight = weights.expand(-1, outputs.shape[1])
-        rows.append(combine_classes(outputs.float(), weight, settings.aggregation, settings.temperature))
+                f"leave --samples out for this handler ({error})"
+            ) from None
+        weight = weights.expand(-1, picked.shape[1])
+        rows.append(combine_classes(picked, weight, settings.aggregation, settings.temperature, kind))
     return rows
 
 

@@ -82,6 +82,7 @@ class Ensemble:
         alone: bool = False,
     ) -> None:
         self.alone = alone
+        self._has_seen = False
         self.forward, self.execution, self.task, self.precision = forward, execution, task, precision
         self.settings: Any = task.settings
         self.names = forward.members.names
@@ -214,6 +215,8 @@ class Ensemble:
         folder = task.place.folder
         precision = read_precision(folder) if folder else None
         ensemble = cls(forward, execution, task, precision, timed, alone is not None)
+        with torch.inference_mode():
+            ensemble._seen(ensemble.run(*task.collate(task.sample_examples(SAMPLE_BATCH))))
         for name in execution.proof.not_finite if execution.proof else ():
             logger.warning("member '%s' gives NaN or infinity on the sample input", name)
         return ensemble
@@ -272,7 +275,7 @@ class Ensemble:
         if self.alone and len(examples) > 1:
             pairs = zip(examples, options, strict=True)
             return [answer for example, option in pairs for answer in self.answer([example], [option])]
-        outputs = self.run(*self.task.collate(examples))
+        outputs = self._seen(self.run(*self.task.collate(examples)))
         answers = self.task.answers(outputs, self.weights_of(options), options, examples)
         if len(answers) != len(examples):
             raise ValueError(f"answers: expected one for each of {len(examples)} examples, got {len(answers)}")
@@ -310,7 +313,7 @@ class Ensemble:
         Raises:
             NotOffered: The task isn't a classification.
         """
-        outputs = self.outputs(*batch)
+        outputs = self._seen(self.outputs(*batch))
         return self.task.probabilities(outputs, self.member_weights)
 
     def explain(self, items: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
@@ -325,6 +328,13 @@ class Ensemble:
         """
         examples = [self.task.parse(_opened(item)) for item in items]
         return self.task.explain(self, examples, [Options(**options)] * len(examples))
+
+    def _seen(self, outputs: Any) -> Any:
+        """The outputs; the first that there are tell the task what they are."""
+        if not self._has_seen:
+            self.task.see_outputs(outputs)
+            self._has_seen = True
+        return outputs
 
     def weights_of(self, options: Sequence[Options]) -> Tensor:
         """(M, B) weights: the settings', 0 for members outside an example's subset."""

@@ -28,6 +28,11 @@ class ArchiveError(EnsembleError):
 class ItemError(EnsembleError):
     """One item can't be answered; its neighbours in the batch can. The text reaches whoever sent the item."""
 
+    @property
+    def message(self) -> str:
+        """What whoever sent the item is told."""
+        return str(self)
+
 
 class UnreadableItem(ItemError):
     """It is empty, broken, or lacks what its kind needs."""
@@ -68,11 +73,6 @@ class RequestError(ItemError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-    @property
-    def message(self) -> str:
-        """What the client is told."""
-        return str(self)
 
 
 def numbered(error: ItemError, number: int) -> ItemError:

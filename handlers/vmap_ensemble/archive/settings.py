@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from vmap_ensemble.errors import SettingsError
@@ -49,6 +49,11 @@ class Settings:
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax."
     )
+    output: Literal["auto", "logits", "probabilities", "log_probabilities"] = Field(
+        "auto",
+        description="What a classifier's forward returns. `auto` looks at the sample when loading: rows that all sum "
+        "to 1 are a softmax's, and get no other. One column is a logit, the sigmoid of the second of two classes.",
+    )
     top_k: PositiveInt = Field(5, description="Number of labels in an answer; at most the number of classes.")
     abstain_below_probability: Probability | None = Field(
         None, description="Answers with a lower probability say `abstain`."
@@ -82,6 +87,20 @@ class Settings:
     device: str | None = Field(
         None, description="Worker key: `cpu` or `cuda:0`; the GPU that TorchServe assigns by default."
     )
+
+    @property
+    def abstains(self) -> list[str]:
+        """The keys that make answers say `abstain`, among those that are set."""
+        keys = ("abstain_below_probability", "abstain_above_mutual_information")
+        return [key for key in keys if getattr(self, key) is not None]
+
+    @model_validator(mode="after")
+    def _abstaining_is_said(self) -> Settings:
+        if self.response == "torchserve" and self.abstains:
+            raise ValueError(
+                f"{self.abstains[0]}: expected response 'full'; TorchServe's plain form has no place for abstain"
+            )
+        return self
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)

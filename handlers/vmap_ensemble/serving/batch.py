@@ -137,6 +137,7 @@ class _Batch:
                     if isinstance(outcome, Exception):
                         with _numbered(number, request):
                             raise outcome
+                self.task.check_examples(own)
                 left[index] = request
                 examples += own
                 options += request.options

@@ -32,6 +32,9 @@ ENVELOPE_KEYS: dict[str, tuple[str, ...]] = {
 }
 # Of a request's own words so many characters at most are quoted in an error.
 SHOWN = 80
+MOST_ID = 256
+# Characters of an error's message: each may take four bytes.
+MOST_MESSAGE = 900
 # From this likeness on a key is taken for a misspelt one.
 MISSPELT = 0.75
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -81,7 +84,7 @@ def read_request(
     items: tuple[Any, ...] = (payload,)
     request_id = None
     if isinstance(payload, dict):
-        request_id = payload.get("id") if isinstance(payload.get("id"), str) else None
+        request_id = _read_id(payload.get("id"))
         raw.update(_body_options(payload))
         items, envelope = split_items({k: v for k, v in payload.items() if k not in OPTION_NAMES})
         if envelope != "single":
@@ -93,6 +96,13 @@ def read_request(
     several = len(items) > 1
     read = [_read_item(item, raw, item_keys, f"item {n}: " if several else "") for n, item in enumerate(items)]
     return Request(tuple(item for item, _ in read), tuple(own for _, own in read), envelope, request_id)
+
+
+def _read_id(value: Any) -> str | None:
+    """The id that KServe's answers repeat."""
+    if isinstance(value, str) and len(value) > MOST_ID:
+        raise RequestError(400, f"id: expected at most {MOST_ID} characters, got {len(value)}")
+    return value if isinstance(value, str) else None
 
 
 def _body_options(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,4 +297,5 @@ def wrap_answers(request: Request, answers: list[dict[str, Any]], model_name: st
 
 def error_body(status: int, message: str) -> dict[str, Any]:
     """The JSON body of a refused request; over gRPC, which drops statuses, it is all a client sees."""
-    return {"error": {"code": status, "message": message}}
+    short = message if len(message) <= MOST_MESSAGE else f"{message[: MOST_MESSAGE - 1]}…"
+    return {"error": {"code": status, "message": short}}

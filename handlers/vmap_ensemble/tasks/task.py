@@ -31,7 +31,7 @@ from vmap_ensemble.models.architecture import build_architecture
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
-from vmap_ensemble.tasks.classification import ClassAnswers
+from vmap_ensemble.tasks.classification import ClassAnswers, kind_for, pick_outputs
 from vmap_ensemble.tasks.images.decoding import ITEM_KEYS, check_shape, read_item
 
 
@@ -157,9 +157,11 @@ class Task:
         Raises:
             NotOffered: This task isn't a classification.
         """
-        logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
-        weights = weights.expand(-1, logits.shape[1])
-        return combine_classes(logits, weights, self.settings.aggregation, self.settings.temperature).probabilities
+        settings = self.settings
+        picked = pick_outputs(outputs, settings.num_classes)
+        weights = weights.expand(-1, picked.shape[1])
+        kind = self.class_answers.kind
+        return combine_classes(picked, weights, settings.aggregation, settings.temperature, kind).probabilities
 
     def explain(self, asked: Asked, examples: Sequence[Any], options: Sequence[Options]) -> list[dict[str, Any]]:
         """What each part of an example adds to the answer to it, one body per example.
@@ -211,6 +213,22 @@ class Task:
         Raises:
             TooLargeItem: Says what there is and how much may be.
         """
+
+    def check_examples(self, examples: Sequence[Any]) -> None:
+        """Refuse a request whose examples cost too much together.
+
+        Raises:
+            TooLargeItem: Says what there is and how much may be.
+        """
+
+    def see_outputs(self, outputs: Any) -> None:
+        """Told once, what the members give for a sample: whether it is logits or probabilities, where that matters.
+
+        Raises:
+            LoadError: It can't be answered from.
+        """
+        if type(self).answers is Task.answers:
+            self.class_answers.kind = kind_for(self.settings, outputs)
 
     def sample_request(self) -> bytes:
         """The body of a request to try an archive with; here the noise that its forward is proved on."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from vmap_ensemble.core.aggregate import combine_classes, entropy
+from vmap_ensemble.core.aggregate import combine_classes, entropy, kind_of_outputs, mix, rank, summands
+from vmap_ensemble.errors import LoadError
 
 
 def noise(members, batch=4, classes=6, seed=0):
@@ -105,3 +106,115 @@ def test_entropy_of_uniform():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"got \(2, 3, 4\) and \(3, 2\)"):
         combine_classes(torch.zeros(2, 3, 4), torch.ones(3, 2))
+
+
+WEIGHTS = {
+    **{f"{members} equal": [1.0] * members for members in (1, 3, 7, 10, 11, 14, 25, 49)},
+    "2:4:1": [2.0, 4.0, 1.0],
+    "many": [float(n) for n in range(1, 30)],
+}
+
+
+@pytest.mark.parametrize("method", ["mean_probability", "mean_logit", "majority_vote"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_numbers_of_sure_members_stay_in_their_range(name, method):
+    given = torch.tensor(WEIGHTS[name])[:, None].expand(-1, 3)
+    logits = torch.zeros(len(given), 3, 4)
+    logits[:, 0, 1], logits[:, 1, 2], logits[:, 2, 0] = 200.0, 20.0, 9.0
+    p = combine_classes(logits, given, method)
+    assert ((p.probabilities >= 0) & (p.probabilities <= 1)).all()
+    assert ((p.mixture >= 0) & (p.mixture <= 1)).all()
+    for entropies in (p.predictive_entropy, p.expected_entropy, p.mutual_information):
+        assert ((entropies >= 0) & entropies.isfinite()).all()
+    assert (p.agreement <= 1).all()
+    torch.testing.assert_close(p.agreement, torch.ones(3))
+    assert p.predictive_entropy[0] < 1e-6
+
+
+def test_shares_that_round_beyond_one_are_mixed_within_it():
+    share = torch.full((10, 1), 0.1) + 1e-7
+    assert share.sum() > 1
+    assert mix(share, torch.ones(10, 1, 2)).tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("members", range(4, 40, 2))
+def test_equal_votes_go_to_the_larger_mean_whatever_the_sums_round_to(members):
+    # Half of the members, in turn, vote for either class; those for class 2 are surer.
+    logits = torch.zeros(members, 1, 3)
+    logits[::2, 0, 0], logits[1::2, 0, 2] = 1.0, 3.0
+    weights = (torch.arange(members) // 2 + 1).float()[:, None] / 7
+    assert combine_classes(logits, weights, "majority_vote").ranking[0, 0] == 2
+
+
+def test_rank_parts_no_equal_scores():
+    scores, decider = torch.tensor([[0.1, 0.25, 0.25 + 3e-8, 0.4]]), torch.tensor([[0.9, 0.3, 0.2, 0.1]])
+    assert rank(scores, decider).tolist() == [[3, 1, 2, 0]]
+    assert rank(scores, decider, 0.0).tolist() == [[3, 2, 1, 0]]
+
+
+def test_one_logit_is_the_sigmoid_of_two_classes():
+    logits = torch.tensor([[[2.0]], [[-1.0]]])
+    p = combine_classes(logits, torch.ones(2, 1), temperature=2.0)
+    own = (logits[..., 0] / 2).sigmoid()
+    expected = torch.distributions.Bernoulli(probs=own.mean(0))
+    torch.testing.assert_close(p.probabilities[0, 1], own.mean())
+    assert p.probabilities.shape == (1, 2)
+    torch.testing.assert_close(p.predictive_entropy, expected.entropy())
+    information = expected.entropy() - torch.distributions.Bernoulli(probs=own).entropy().mean(0)
+    torch.testing.assert_close(p.mutual_information, information)
+    assert p.member_votes.tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 6])
+@pytest.mark.parametrize("method", ["mean_probability", "mean_logit", "majority_vote"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_every_kind_of_output_gives_what_its_logits_give(classes, method, temperature):
+    logits, weights = noise(3, classes=classes), torch.ones(3, 4)
+    of_one = {"probabilities": logits.sigmoid(), "log_probabilities": torch.nn.functional.logsigmoid(logits)}
+    of_many = {"probabilities": logits.softmax(-1), "log_probabilities": logits.log_softmax(-1)}
+    expected = combine_classes(logits, weights, method, temperature)
+    for kind, outputs in (of_one if classes == 1 else of_many).items():
+        p = combine_classes(outputs, weights, method, temperature, kind)
+        torch.testing.assert_close(p.probabilities, expected.probabilities, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            summands(outputs, method, temperature, kind),
+            summands(logits, method, temperature),
+            atol=1e-5,
+            rtol=1e-3,
+        )
+
+
+def test_a_probability_that_is_not_finite_leaves_its_member_out():
+    p = combine_classes(torch.tensor([[[0.5, math.nan]], [[0.25, 0.75]]]), torch.ones(2, 1), kind="probabilities")
+    assert p.finite.tolist() == [[False], [True]]
+    torch.testing.assert_close(p.probabilities, torch.tensor([[0.25, 0.75]]))
+
+
+def test_members_that_agree_on_no_class_are_mixed():
+    outputs = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    p = combine_classes(outputs, torch.ones(2, 1), "mean_logit", kind="probabilities")
+    assert p.probabilities.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kinds_of_outputs_are_told_apart(dtype):
+    logits = noise(3, classes=1000)
+    assert kind_of_outputs(logits.to(dtype)) == "logits"
+    assert kind_of_outputs(logits.softmax(-1).to(dtype)) == "probabilities"
+    assert kind_of_outputs(logits.log_softmax(-1).to(dtype)) == "log_probabilities"
+    assert kind_of_outputs(logits.sigmoid().to(dtype)) == "logits"
+
+
+def test_one_row_that_does_not_sum_to_one_tells_logits():
+    outputs = noise(2).softmax(-1)
+    outputs[1, 3] *= 1.5
+    assert kind_of_outputs(outputs) == "logits"
+    outputs[1, 3] = math.nan
+    assert kind_of_outputs(outputs) == "probabilities"
+    assert kind_of_outputs(torch.full((2, 2, 3), math.nan)) == "logits"
+
+
+def test_one_column_within_zero_and_one_is_refused():
+    assert kind_of_outputs(torch.tensor([[[0.5], [-0.1]]])) == "logits"
+    with pytest.raises(LoadError, match="set 'output' to 'logits' or 'probabilities'"):
+        kind_of_outputs(torch.tensor([[[0.5], [0.1]]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from jsonschema import Draft202012Validator
 
 from vmap_ensemble.archive.labels import read_labels
-from vmap_ensemble.archive.settings import Settings
-from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.archive.settings import Settings, parse_settings
+from vmap_ensemble.errors import LoadError, SettingsError
 from vmap_ensemble.tasks.answers import Options
-from vmap_ensemble.tasks.classification import ClassAnswers
+from vmap_ensemble.tasks.classification import ClassAnswers, kind_for, pick_outputs
 
 SCHEMA = json.loads(Path("docs/answer.schema.json").read_text(encoding="utf-8"))
 
@@ -81,3 +82,74 @@ def test_wrong_labels_are_refused(text, tmp_path):
     (tmp_path / "index_to_name.json").write_text(text)
     with pytest.raises(SettingsError, match=r"index_to_name\.json: expected"):
         read_labels(tmp_path)
+
+
+def test_abstaining_is_refused_where_the_answer_has_no_place_for_it():
+    block = {"response": "torchserve", "abstain_below_probability": 0.5}
+    with pytest.raises(SettingsError, match="abstain_below_probability: expected response 'full'"):
+        parse_settings(block, Settings, "setup_config.json")
+
+
+@pytest.mark.parametrize("members", [10, 11, 14])
+def test_sure_answers_follow_the_schema(members):
+    answers = ClassAnswers(Settings(), [f"m{i}" for i in range(members)], None)
+    logits = torch.tensor([[300.0, 0.0, -5.0]]).expand(members, 1, 3)
+    (answer,) = answers(logits, torch.ones(members, 1), [Options(detail=True)])
+    check(answer.body, "full")
+    assert answer.body["prediction"]["probability"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 1)])
+def test_one_logit_has_two_labels(shape):
+    answers = ClassAnswers(Settings(num_classes=1), ["a", "b"], {0: "cat", 1: "dog"})
+    logits = torch.tensor([2.0, -1.0]).reshape(shape)
+    (answer,) = answers(logits, torch.ones(2, 1), [Options()])
+    dog = torch.tensor([2.0, -1.0]).sigmoid().mean().item()
+    found = {row["label"]: (row["index"], row["probability"]) for row in answer.body["top_k"]}
+    assert found == {"dog": (1, pytest.approx(dog)), "cat": (0, pytest.approx(1 - dog))}
+    assert answer.body["uncertainty"]["mutual_information"] > 0.1
+    check(answer.body, "full")
+
+
+def test_a_softmax_gets_no_other():
+    p = torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.8, 0.1]]])
+    kind = kind_for(Settings(), p)
+    (answer,) = ClassAnswers(Settings(), ["a", "b"], None, kind)(p, torch.ones(2, 1), [Options()])
+    assert [row["probability"] for row in answer.body["top_k"]] == pytest.approx([0.5, 0.4, 0.1])
+    assert kind_for(Settings(output="logits"), p) == "logits"
+
+
+LOGITS, FEATURES = torch.zeros(2, 4, 3), torch.zeros(2, 4, 8)
+Outputs = namedtuple("Outputs", ["logits", "aux_logits"])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "classes"),
+    [
+        (LOGITS, None),
+        ((LOGITS, torch.ones(2, 4, 3)), None),
+        ([LOGITS, None, torch.zeros(2, 4, 8, 8)], None),
+        ((LOGITS, FEATURES), 3),
+        ((FEATURES, LOGITS), 3),
+        ({"features": FEATURES, "logits": LOGITS}, None),
+        ({"out": LOGITS, "aux": torch.ones(2, 4, 3)}, 3),
+        (Outputs(LOGITS, FEATURES), None),
+    ],
+)
+def test_the_classifiers_outputs_are_found(outputs, classes):
+    assert pick_outputs(outputs, classes) is LOGITS
+
+
+@pytest.mark.parametrize(
+    ("outputs", "classes", "words"),
+    [
+        ((LOGITS, FEATURES), None, r"tuple\(0: a tensor \(batch, 3\), 1: a tensor \(batch, 8\)\)"),
+        ((FEATURES, LOGITS, torch.ones(2, 4, 3)), 3, "expected one tensor"),
+        ({"out": torch.zeros(2, 4, 3, 5, 5)}, 3, r"dict\(out: a tensor \(batch, 3, 5, 5\)\)"),
+        (torch.zeros(2, 4, 3, 1, 1), 3, r"a tensor \(batch, 3, 1, 1\); expected \(batch, classes\)"),
+        ((), None, "expected one tensor"),
+    ],
+)
+def test_outputs_that_could_be_either_are_refused(outputs, classes, words):
+    with pytest.raises(LoadError, match=words):
+        pick_outputs(outputs, classes)

@@ -23,6 +23,7 @@ class MnistTask(ImageTask):
 
     mode = "L"
     short_side = SIDE
+    light_ink = True
     threads_from_bytes = 256 << 10  # smaller images are decoded in less time than it takes to hand them to threads
 
     default_architecture = "mnist"

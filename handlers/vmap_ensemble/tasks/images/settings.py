@@ -20,6 +20,16 @@ class VisionSettings(Settings):
         "`ResNet18_Weights.IMAGENET1K_V1`; the architecture's default weights when not given.",
     )
     max_pixels: PositiveInt = Field(50_000_000, description="Larger images are refused with a 413.")
+    max_request_pixels: PositiveInt | None = Field(
+        None,
+        description="Pixels over all images of a request, twice `max_pixels` by default; more get a 413.",
+    )
+    background: Literal["white", "black"] | None = Field(
+        None,
+        description="What images with alpha are laid on. By default alpha is dropped, but drawings that stand in "
+        "alpha alone (a canvas' PNG) are laid on white, or on black if their ink is light; digits become white on "
+        "black.",
+    )
     jpeg_scaled_decoding: bool = Field(
         False,
         description="Decode JPEG files at 1/2, 1/4 or 1/8 of their size where twice the pixels are left that the "

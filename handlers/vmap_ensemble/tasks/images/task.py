@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,24 @@ from torch import Tensor
 
 from vmap_ensemble.archive.precision import read_precision
 from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.errors import UnfitItem, UnknownKind, UnreadableItem
 from vmap_ensemble.execution.choice_cache import Candidate
 from vmap_ensemble.execution.int8.forward import QuantisedForward, quantise_forward
 from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
+from vmap_ensemble.tasks.budget import Budget
 from vmap_ensemble.tasks.images.batch_rows import allocate_rows, copy_rows, join_rows
-from vmap_ensemble.tasks.images.decoding import ITEM_KEYS, check_resize, check_shape, decode_image, read_item, to_mode
+from vmap_ensemble.tasks.images.decoding import (
+    ITEM_KEYS,
+    check_resize,
+    check_shape,
+    count_pixels,
+    decode_image,
+    read_item,
+    to_8_bits,
+    to_mode,
+)
 from vmap_ensemble.tasks.images.settings import VisionSettings
 from vmap_ensemble.tasks.task import Task
 
@@ -32,6 +44,7 @@ class ImageTask(Task):
     Attributes:
         mode: Pillow mode that images are brought into, `RGB` or `L`.
         short_side: Pixels to which `transform` resizes the short side; bounds what long, thin images cost.
+        light_ink: Whether drawings that stand in alpha alone become white on black, whatever their ink.
         channels_last: Whether batches are laid out with a pixel's channels side by side: as the chosen forward
             takes them without a copy.
     """
@@ -41,6 +54,7 @@ class ImageTask(Task):
     short_side = 256
     threads_from_bytes = 0  # Pillow decodes and resizes without the interpreter's lock
     channels_last = False
+    light_ink = False
 
     @property
     def item_keys(self) -> tuple[str, ...] | None:
@@ -82,6 +96,20 @@ class ImageTask(Task):
         """
         return self._fill(item, self._allocate(1)[0])
 
+    def check_size(self, items: Sequence[Any]) -> None:
+        """Count the pixels of a request's files by their headers, before any is decoded.
+
+        Raises:
+            TooLargeItem: They are more than `max_request_pixels`, by default twice `max_pixels`.
+        """
+        if len(items) < 2:
+            return  # `max_pixels` is the limit of one
+        settings = self.settings
+        budget = Budget(settings.max_request_pixels or 2 * settings.max_pixels, "pixels", "max_request_pixels")
+        for item in items:
+            with suppress(UnreadableItem, UnknownKind, UnfitItem):  # said when it is parsed
+                budget.spend(count_pixels(read_item(item)))
+
     def parse_items(self, items: Sequence[Any]) -> list[Any]:
         """As for every task, each example written into its row of one batch; a bad item's stays unused."""
         if type(self).parse is not ImageTask.parse:  # one's own parse brings its own tensors
@@ -105,11 +133,16 @@ class ImageTask(Task):
         if isinstance(read, Tensor):
             np.copyto(row.numpy(), check_shape(read, self.input_shape).cpu().numpy())
             return row
-        image = to_mode(read, self.mode) if isinstance(read, Image.Image) else self._decode(read)
+        image = self._bring(read) if isinstance(read, Image.Image) else self._decode(read)
         check_resize(image, self.short_side, self.settings.max_pixels)
         self.transform(image, row)
         return row
 
     def _decode(self, data: bytes) -> Image.Image:
         least = SCALED_DECODING_MARGIN * self.short_side if self.settings.jpeg_scaled_decoding else None
-        return decode_image(data, self.mode, self.settings.max_pixels, least)
+        settings = self.settings
+        return decode_image(data, self.mode, settings.max_pixels, least, settings.background, self.light_ink)
+
+    def _bring(self, image: Image.Image) -> Image.Image:
+        """A Pillow image that came as one, in this task's mode."""
+        return to_mode(to_8_bits(image, image), self.mode, self.settings.background, self.light_ink)

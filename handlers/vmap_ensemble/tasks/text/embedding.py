@@ -28,7 +28,7 @@ class Embedding(TextMode):
         """A text, or a pair."""
         return read_text_item(item, self.settings.max_characters)
 
-    def answers(
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Answer a batch from its last hidden states (M, B, S, H)."""
@@ -38,7 +38,7 @@ class Embedding(TextMode):
         own = torch.where(finite[..., None], own, 0.0)
         share = share_weights(weights, finite)
         mean = normalize(torch.einsum("mb,mbh->bh", share, own), dim=-1)
-        cosine = torch.einsum("mbh,bh->mb", own, mean)
+        cosine = torch.einsum("mbh,bh->mb", own, mean).clamp(-1, 1)
         spread = (1 - (share * cosine).sum(0)).clamp_min(0).tolist()
         return self.answer_each(
             options,

@@ -14,8 +14,9 @@ from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import NotOffered, TooLargeItem
 from vmap_ensemble.tasks.answers import Options
 from vmap_ensemble.tasks.task import Asked, Place
-from vmap_ensemble.tasks.text.mode import Target, TextExample
+from vmap_ensemble.tasks.text.mode import Target
 from vmap_ensemble.tasks.text.task import TextTask, argument_names
+from vmap_ensemble.tasks.text.windows import TextExample, positions_of, vocabulary_of
 
 if TYPE_CHECKING:
     from vmap_ensemble.tasks.text.explanations.explainer import Explainer
@@ -27,7 +28,7 @@ class EncoderTask(TextTask):
     def __init__(self, settings: Settings, place: Place) -> None:
         self.settings, self.place = settings, place
         self._model: Any = super().build_model()
-        super().__init__(settings, place, self._model.config)
+        super().__init__(settings, place, self._model.config, positions_of(self._model), vocabulary_of(self._model))
         self.argument_names = argument_names(self._model.forward, self.tokenizer.model_input_names)
 
     def build_model(self) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vmap_ensemble.core.aggregate import combine_classes
 from vmap_ensemble.errors import ItemError, UnfitItem
 from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.classification import abstaining
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
 from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode, as_number, unknown_target
 
@@ -41,7 +42,7 @@ class FillMask(TextMode):
         """Texts with one mask."""
         return [f"a {self.tokenizer.mask_token}" + " sample" * (index % 4) for index in range(count)]
 
-    def answers(
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, S, V); only the masks' rows are combined."""
@@ -73,9 +74,10 @@ class FillMask(TextMode):
                     "predictive_entropy": masks.predictive_entropy[own].mean().item(),
                     "expected_entropy": masks.expected_entropy[own].mean().item(),
                     "mutual_information": information,
-                    "agreement": masks.agreement[own].mean().item(),
+                    "agreement": masks.agreement[own].mean().clamp_max(1).item(),
                 },
                 "ensemble": ensemble,
+                **abstaining(settings, masks.ranked_probabilities[own, 0].min().item(), information),
             }
             if option.detail:
                 body["members"] = [

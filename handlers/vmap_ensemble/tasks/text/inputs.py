@@ -56,7 +56,7 @@ def read_text(value: Any, name: str, max_characters: int) -> str:
     """
     if isinstance(value, (bytes, bytearray)):
         try:
-            value = bytes(value).decode("utf-8")
+            value = bytes(value).decode("utf-8-sig")  # a byte order mark is no part of the text
         except UnicodeDecodeError:
             raise UnreadableItem(f"{name}: expected UTF-8") from None
     if not isinstance(value, str):

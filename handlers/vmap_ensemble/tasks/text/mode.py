@@ -8,45 +8,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vmap_ensemble.core.aggregate import summands
-from vmap_ensemble.errors import ItemError, NoAnswer, NotOffered, UnfitItem
+from vmap_ensemble.errors import ItemError, NoAnswer, NotOffered, TooLargeItem, UnfitItem
 from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.text.inputs import TextInput
 from vmap_ensemble.tasks.text.settings import TextSettings
+from vmap_ensemble.tasks.text.windows import TextExample, Window, window_of
 
-
-@dataclass(frozen=True)
-class Window:
-    """One sequence of tokens.
-
-    Attributes:
-        arrays: Model input name -> ids of one sequence without padding.
-        offsets: Per token, the characters (start, end) it stands for in its own text.
-        sequence_ids: Per token 0 for the first text, 1 for the second, None for special tokens.
-        word_ids: Per token the number of its word, None for special tokens.
-    """
-
-    arrays: dict[str, list[int]]
-    offsets: list[tuple[int, int]]
-    sequence_ids: list[int | None]
-    word_ids: list[int | None]
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """One item: what was read, and the windows of it; several only for a long context."""
-
-    text: TextInput
-    windows: list[Window] = field(default_factory=list)
+# Tokens in all windows of a text, where the settings name no number of windows: about what a CPU computes in some
+# seconds with the members of a base-sized encoder.
+WINDOW_TOKENS = 2048
+# Tokens beyond those kept of one text of a pair.
+SPARE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -72,17 +51,45 @@ class TextMode(ABC):
         tokenizer: A fast tokenizer of transformers.
         labels: Class number -> label.
         names: The members, in the order of the stack.
+        positions: Longest sequence that the members have positions for (`positions_of`); None: any.
+        vocabulary: Number of tokens that the members have embeddings for (`vocabulary_of`); None: all.
     """
 
-    def __init__(self, settings: TextSettings, tokenizer: Any, labels: dict[int, str], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: TextSettings,
+        tokenizer: Any,
+        labels: dict[int, str],
+        names: Sequence[str],
+        positions: int | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         self.settings, self.tokenizer, self.labels, self.names = settings, tokenizer, labels, tuple(names)
+        self.positions, self.vocabulary = positions, vocabulary
 
     @abstractmethod
     def read(self, item: Any) -> TextInput:
         """Check an item of a request."""
 
-    @abstractmethod
     def answers(
+        self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
+    ) -> list[Answer | ItemError]:
+        """Answer a batch; an answer to a text that was cut off says so.
+
+        Args:
+            outputs: Of all members, rows in the order of the windows.
+            weights: (M, B), 0 for members outside an example's subset.
+            options: One per example.
+            examples: What `encode` returned.
+        """
+        answers = self.answer_batch(outputs, weights, options, examples)
+        for answer, example in zip(answers, examples, strict=True):
+            if example.truncated and isinstance(answer, Answer):
+                answer.body["truncated"] = True
+        return answers
+
+    @abstractmethod
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
@@ -115,18 +122,87 @@ class TextMode(ABC):
         """
         raise NotOffered(f"mode '{self.settings.mode}' has nothing to explain")
 
+    def parse(self, item: Any) -> TextExample:
+        """Read and tokenise an item of a request, within what one may cost.
+
+        Raises:
+            ItemError: The item can't be read; 413 for more windows than a text may have.
+        """
+        example = self.encode(item)
+        count = len(example.windows)
+        if count > self.max_windows:
+            raise TooLargeItem(
+                f"the text has {count} windows of {self.max_length} tokens; at most {self.max_windows} are read at "
+                "once: send it in parts",
+            )
+        return example
+
     def encode(self, item: Any) -> TextExample:
         """Read an item and tokenise it; what exceeds max_length is cut off."""
         text = self.read(item)
+        short = self._shortened(text)
         encoded = self.tokenizer(
-            text.text, text.pair, truncation=True, max_length=self.max_length, return_offsets_mapping=True
+            short.text, short.pair, truncation=True, max_length=self.max_length, return_offsets_mapping=True
         )
-        return TextExample(text, [window_of(encoded, 0)])
+        window = self.checked(window_of(encoded, 0, short))
+        return TextExample(text, [window], short != text or bool(encoded.encodings[0].overflowing))
+
+    def encode_windows(self, text: TextInput, truncation: bool | str, stride: int) -> TextExample:
+        """Tokenise a text into windows of max_length that share `stride` tokens."""
+        encoded = self.tokenizer(
+            text.text,
+            text.pair,
+            truncation=truncation,
+            max_length=self.max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        windows = [self.checked(window_of(encoded, i, text)) for i in range(len(encoded["input_ids"]))]
+        if self.tokenizer.truncation_side == "left":  # from the text's end to its beginning
+            windows.reverse()
+        return TextExample(text, windows, overlap=stride)
 
     @property
     def max_length(self) -> int:
-        """Longest sequence: the settings' or the tokenizer's, whichever is less."""
-        return min(self.settings.max_length, int(self.tokenizer.model_max_length))
+        """Longest sequence: the settings', the tokenizer's or the members', whichever is least."""
+        limits = (self.settings.max_length, int(self.tokenizer.model_max_length), self.positions)
+        return min(limit for limit in limits if limit is not None)
+
+    @property
+    def max_windows(self) -> int:
+        """Most windows of one text: the settings', or as many as hold WINDOW_TOKENS together."""
+        return self.settings.max_windows or max(1, WINDOW_TOKENS // self.max_length)
+
+    def checked(self, window: Window) -> Window:
+        """A window all of whose tokens the members know.
+
+        Raises:
+            ItemError: for a token that was added to the tokenizer alone.
+        """
+        if self.vocabulary is not None and max(window.arrays["input_ids"], default=0) >= self.vocabulary:
+            raise UnfitItem(
+                f"the text holds a token of the tokenizer that the members lack: they have {self.vocabulary}",
+            )
+        return window
+
+    def _shortened(self, text: TextInput) -> TextInput:
+        """A pair of texts, each cut behind the tokens that could be kept.
+
+        A tokenizer pairs every part that it cuts off the one text with every part of the other: two texts of 50,000
+        characters took half a minute.
+        """
+        if text.pair is None or self.tokenizer.truncation_side == "left":
+            return text
+        return TextInput(self._beginning(text.text), self._beginning(text.pair))
+
+    def _beginning(self, text: str) -> str:
+        if len(text) <= self.max_length:
+            return text
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        # Some more than are kept: the tokens before the cut may be others.
+        kept = self.max_length + SPARE_TOKENS
+        return text if len(offsets) <= kept else text[: offsets[kept - 1][1]]
 
     def sample_items(self, count: int) -> list[Any]:
         """Items of different lengths to prove the forward on at load."""
@@ -202,15 +278,6 @@ class TextMode(ABC):
         if left_out:
             body["left_out"] = list(left_out)
         return body, left_out
-
-
-def window_of(encoded: Any, index: int) -> Window:
-    """One sequence of a tokenizer's result; a single text's fields are not nested."""
-    encoding = encoded.encodings[index]
-    own = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
-    skipped = ("offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask")
-    arrays = {key: (value[index] if own else value) for key, value in encoded.items() if key not in skipped}
-    return Window(arrays, list(encoding.offsets), list(encoding.sequence_ids), list(encoding.word_ids))
 
 
 def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, int]) -> tuple[Tensor, ...]:

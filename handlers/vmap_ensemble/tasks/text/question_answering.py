@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
+from vmap_ensemble.core.aggregate import TIE, ClassPrediction, combine_classes, rank
 from vmap_ensemble.errors import ItemError, UnreadableItem
 from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.classification import abstaining
 from vmap_ensemble.tasks.text.inputs import TextInput, read_question_item
 from vmap_ensemble.tasks.text.mode import (
     Target,
@@ -22,19 +23,51 @@ from vmap_ensemble.tasks.text.mode import (
     as_number,
     rows_of,
     unknown_target,
-    window_of,
 )
+from vmap_ensemble.tasks.text.windows import trim
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A span of one window: characters of the context, score, the row it was found in, first and last token."""
+    """A span of one window.
+
+    Attributes:
+        start: First character in the context.
+        end: The one behind its last.
+        score: What the members give it together: the product of its start's and its end's probability.
+        mean: The product of the mean probabilities, which decides between equal scores of a majority vote.
+        row: The window it was found in.
+        tokens: Its first and last token.
+    """
 
     start: int
     end: int
     score: float
+    mean: float
     row: int
     tokens: tuple[int, int] = (0, 0)
+
+    def beats(self, other: Candidate, tie: float) -> bool:
+        """Whether it is at least as good; scores that differ by no more than `tie` are equal."""
+        equal = abs(self.score - other.score) <= tie
+        return self.mean >= other.mean if equal else self.score > other.score
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Probabilities (R, S) of starts and ends, those that score and those that decide between equal scores."""
+
+    start: Tensor
+    end: Tensor
+    mean_start: Tensor
+    mean_end: Tensor
+
+    def null(self, rows: Sequence[int]) -> Candidate:
+        """No answer: the first token of the window that finds it least probable."""
+        score = (self.start[rows, 0] * self.end[rows, 0]).tolist()
+        mean = (self.mean_start[rows, 0] * self.mean_end[rows, 0]).tolist()
+        least = min(range(len(rows)), key=lambda i: (score[i], mean[i]))
+        return Candidate(0, 0, score[least], mean[least], rows[least])
 
 
 class QuestionAnswering(TextMode):
@@ -58,22 +91,13 @@ class QuestionAnswering(TextMode):
         if question > room // 2:
             raise UnreadableItem(f"question: {question} tokens; at most {room // 2} leave room for the context")
         stride = min(self.settings.doc_stride, (room - question) // 2)
-        encoded = self.tokenizer(
-            text.text,
-            text.pair,
-            truncation="only_second",
-            max_length=self.max_length,
-            stride=stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        return TextExample(text, [window_of(encoded, i) for i in range(len(encoded["input_ids"]))])
+        return self.encode_windows(text, "only_second", stride)
 
     def sample_items(self, count: int) -> list[Any]:
         """Questions with contexts of different lengths."""
         return [{"question": "what is it?", "context": " ".join(["a sample"] * (i % 4 + 1))} for i in range(count)]
 
-    def answers(
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Answer a batch from its start and end logits, each (M, R, S) with R windows."""
@@ -89,16 +113,19 @@ class QuestionAnswering(TextMode):
         """Start and end of the answer; of other spans of `top_k` by their place in it, or of `no_answer`."""
         windows = example.windows
         rows = list(range(len(windows)))
-        start, end = self._combine(outputs, weights.expand(-1, len(windows)), windows)
-        nulls = [(start.probabilities[r, 0] * end.probabilities[r, 0]).item() for r in rows]
-        null = Candidate(0, 0, min(nulls), nulls.index(min(nulls)))
-        top_k = options.top_k or self.settings.top_k
-        found = self._best(start.probabilities, end.probabilities, windows, rows, top_k)
+        sides = _both(*self._combine(outputs, weights.expand(-1, len(windows)), windows))
+        null = sides.null(rows)
+        found = self._best(sides, windows, rows, example, options.top_k or self.settings.top_k)
         if options.target is None:
-            picked = [found[0] if found and found[0].score >= null.score else null]
+            picked = [found[0] if found and found[0].beats(null, self.tie) else null]
         else:
             picked = [self._picked(name, found, null) for name in options.target]
         return [target for span in picked for target in self._targets(span, windows, example)]
+
+    @property
+    def tie(self) -> float:
+        """How far apart equal scores may be: sums of votes are, in another order; other numbers are what they are."""
+        return TIE if self.settings.aggregation == "majority_vote" else 0.0
 
     def _picked(self, name: str | int, found: list[Candidate], null: Candidate) -> Candidate:
         if name == "no_answer":
@@ -149,52 +176,71 @@ class QuestionAnswering(TextMode):
         ensemble, left_out = self.ensemble_body(options, weights > 0, finite)
         if not ensemble["used"]:
             return self.unusable()
-        top_k = options.top_k or self.settings.top_k
-        found = self._best(start.probabilities, end.probabilities, windows, rows, top_k)
-        null = min((start.probabilities[r, 0] * end.probabilities[r, 0]).item() for r in rows)
+        both = _both(start, end)
+        found = self._best(both, windows, rows, example, options.top_k or self.settings.top_k)
+        null = both.null(rows)
         spans = [self._span(candidate, example) for candidate in found]
         row = found[0].row if found else rows[0]
         information = ((start.mutual_information[row] + end.mutual_information[row]) / 2).item()
         agreement = ((start.agreement[row] + end.agreement[row]) / 2).item()
-        answerable = bool(spans) and spans[0]["score"] >= null
-        nothing = {"answer": "", "start": 0, "end": 0, "score": null}
+        answerable = bool(found) and found[0].beats(null, self.tie)
+        nothing: dict[str, Any] = {"answer": "", "start": 0, "end": 0, "score": null.score}
+        prediction = spans[0] if answerable else nothing
         body: dict[str, Any] = {
-            "prediction": spans[0] if answerable else nothing,
+            "prediction": prediction,
             "top_k": spans,
-            "no_answer": {"score": null, "chosen": not answerable},
+            "no_answer": {"score": null.score, "chosen": not answerable},
             "uncertainty": {"mutual_information": information, "agreement": agreement},
             "ensemble": ensemble,
+            **abstaining(self.settings, prediction["score"], information),
         }
         if options.detail:
             body["members"] = []
             for m, name in enumerate(self.names):
                 if weights[m] > 0 and finite[m]:
                     own = start.member_probabilities[m], end.member_probabilities[m]
-                    best = self._best(*own, windows, rows, 1)
+                    best = self._best(Sides(*own, *own), windows, rows, example, 1)
                     body["members"].append({"name": name, **(self._span(best[0], example) if best else nothing)})
         return Answer(body, information, left_out)
 
     def _best(
-        self, start: Tensor, end: Tensor, windows: list[Window], rows: list[int], top_k: int
+        self, sides: Sides, windows: list[Window], rows: list[int], example: TextExample, top_k: int
     ) -> list[Candidate]:
         """The best spans inside the context over all windows, each stretch of characters once."""
+        context = example.text.pair or ""
         found: dict[tuple[int, int], Candidate] = {}
         for row in rows:
             window = windows[row]
-            inside = torch.tensor([s == 1 for s in window.sequence_ids], device=start.device)
             length = len(window)
-            scores = start[row, :length, None] * end[row, None, :length]
-            # end not before start, and not more than max_answer_tokens long
-            scores = scores.triu().tril(self.settings.max_answer_tokens - 1) * (inside[:, None] & inside[None, :])
-            best = scores.flatten().topk(min(4 * top_k, scores.numel()))
-            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                if score <= 0:
+            means = sides.mean_start[row, :length, None] * sides.mean_end[row, None, :length]
+            for index, score in self._scored(sides, row, window, means, 4 * top_k):
+                first, last = divmod(index, length)
+                characters = trim(context, window.offsets[first][0], window.offsets[last][1])
+                if characters[0] == characters[1]:  # tokens of spaces alone
                     continue
-                characters = (window.offsets[index // length][0], window.offsets[index % length][1])
-                candidate = Candidate(*characters, score, row, (index // length, index % length))
-                if characters not in found or found[characters].score < score:
+                candidate = Candidate(*characters, score, means[first, last].item(), row, (first, last))
+                if characters not in found or not found[characters].beats(candidate, self.tie):
                     found[characters] = candidate
-        return sorted(found.values(), key=lambda candidate: -candidate.score)[:top_k]
+        candidates = list(found.values())
+        scores, decisive = (torch.tensor([getattr(c, key) for c in candidates]) for key in ("score", "mean"))
+        return [candidates[i] for i in rank(scores, decisive, self.tie).tolist()[:top_k]] if candidates else []
+
+    def _scored(self, sides: Sides, row: int, window: Window, means: Tensor, count: int) -> list[tuple[int, float]]:
+        """The best pairs of a first and a last token in one window, (first * S + last, score)."""
+        length = len(window)
+        inside = torch.tensor([s == 1 for s in window.sequence_ids], device=means.device)
+        scores = sides.start[row, :length, None] * sides.end[row, None, :length]
+        # end not before start, and not more than max_answer_tokens long
+        scores = scores.triu().tril(self.settings.max_answer_tokens - 1) * (inside[:, None] & inside[None, :])
+        flat = scores.flatten()
+        if self.settings.aggregation == "majority_vote":
+            # At most one start and one end a member: few, and equal ones among them, which topk orders as it likes.
+            voted = flat.nonzero().flatten()
+            places = voted[rank(flat[voted], means.flatten()[voted], self.tie)[:count]]
+        else:
+            places = flat.topk(min(count, flat.numel())).indices
+        rows = zip(places.tolist(), flat[places].tolist(), strict=True)
+        return [(index, score) for index, score in rows if score > 0]
 
     def _span(self, candidate: Candidate, example: TextExample) -> dict[str, Any]:
         context = example.text.pair or ""
@@ -204,6 +250,10 @@ class QuestionAnswering(TextMode):
             "end": candidate.end,
             "score": candidate.score,
         }
+
+
+def _both(start: ClassPrediction, end: ClassPrediction) -> Sides:
+    return Sides(start.probabilities, end.probabilities, start.mixture, end.mixture)
 
 
 def _allowed(windows: Sequence[Window], length: int) -> Tensor:

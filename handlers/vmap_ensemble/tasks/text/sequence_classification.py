@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmap_ensemble.core.aggregate import combine_classes, entropy, share_weights
-from vmap_ensemble.errors import ItemError
+from vmap_ensemble.core.aggregate import combine_classes, entropy, mix, share_weights
+from vmap_ensemble.errors import ItemError, SettingsError
 from vmap_ensemble.tasks.answers import Answer, Options
-from vmap_ensemble.tasks.classification import ClassAnswers
+from vmap_ensemble.tasks.classification import ClassAnswers, abstaining
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
 from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode
 
@@ -20,15 +20,15 @@ from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode
 class SingleLabel(TextMode):
     """Exactly one label per text: the answer of every classifier."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **limits: Any) -> None:
+        super().__init__(*args, **limits)
         self.class_answers = ClassAnswers(self.settings, self.names, self.labels)
 
     def read(self, item: Any) -> TextInput:
         """A text, or a pair of texts."""
         return read_text_item(item, self.settings.max_characters)
 
-    def answers(
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, C)."""
@@ -66,14 +66,15 @@ class MultiLabel(SingleLabel):
         """The labels above the threshold; the most probable one where none is."""
         own = self.summand(logits)[:, 0]
         finite = own.isfinite().all(-1)
-        mixture = share_weights(weights, finite[:, None])[:, 0] @ torch.where(finite[:, None], own, 0.0)
+        share = share_weights(weights, finite[:, None])
+        mixture = mix(share, torch.where(finite[:, None], own, 0.0)[:, None])[0]
         return self._chosen(mixture) or [int(mixture.argmax())]
 
     def summand(self, logits: Tensor) -> Tensor:
         """The sigmoids."""
         return (logits.float() / self.settings.temperature).sigmoid()
 
-    def answers(
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, L): the mean of the members' sigmoids per label."""
@@ -81,11 +82,11 @@ class MultiLabel(SingleLabel):
         finite, asked = logits.isfinite().all(-1), weights > 0
         own = torch.where(finite[..., None], logits, 0.0).sigmoid()
         share = share_weights(weights, finite)
-        mixture = torch.einsum("mb,mbl->bl", share, own)
+        mixture = mix(share, own)
         total = _binary_entropy(mixture).sum(-1)
         expected = torch.einsum("mb,mbl->b", share, _binary_entropy(own))
         votes = (own >= self.settings.label_threshold) == (mixture >= self.settings.label_threshold)
-        agreement = torch.einsum("mb,mb->b", share, votes.float().mean(-1))
+        agreement = torch.einsum("mb,mb->b", share, votes.float().mean(-1)).clamp_max(1)
         columns = (total, expected, (total - expected).clamp_min(0), agreement)
         uncertainty = torch.stack(columns, dim=-1).tolist()
         return [
@@ -107,6 +108,7 @@ class MultiLabel(SingleLabel):
             "top_k": rows,
             "uncertainty": dict(zip(names, four, strict=True)),
             "ensemble": ensemble,
+            **abstaining(self.settings, self._surety(mixture), four[2]),
         }
         if options.detail:
             body["members"] = [
@@ -115,6 +117,10 @@ class MultiLabel(SingleLabel):
                 if asked[m] and finite[m]
             ]
         return Answer(body, four[2], left_out)
+
+    def _surety(self, mixture: Tensor) -> float:
+        """The probability of the least sure yes or no."""
+        return torch.where(mixture >= self.settings.label_threshold, mixture, 1 - mixture).min().item()
 
     def _row(self, index: int, probabilities: Tensor) -> dict[str, Any]:
         label = self.labels.get(index, str(index))
@@ -127,6 +133,14 @@ class MultiLabel(SingleLabel):
 
 class Regression(SingleLabel):
     """Numbers: their mean over the members and its standard deviation."""
+
+    def __init__(self, *args: Any, **limits: Any) -> None:
+        super().__init__(*args, **limits)
+        if self.settings.abstains:  # the members' config may say that it is a regression, which settings don't know
+            raise SettingsError(
+                f"setup_config.json: {self.settings.abstains[0]}: regression has no probabilities to abstain by; "
+                "leave it out"
+            )
 
     @property
     def explains(self) -> str:
@@ -141,14 +155,14 @@ class Regression(SingleLabel):
         """The numbers themselves."""
         return logits.float()
 
-    def answers(
+    def answer_batch(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]
     ) -> list[Answer | ItemError]:
         """Answer a batch from its outputs (M, B, L)."""
-        values = outputs["logits"].float()
+        values = outputs["logits"].double()  # the square of a large float32 is infinite
         finite, asked = values.isfinite().all(-1), weights > 0
         share = share_weights(weights, finite)
-        values = torch.where(finite[..., None], values, 0.0)
+        share, values = share.double(), torch.where(finite[..., None], values, 0.0)
         mean = torch.einsum("mb,mbl->bl", share, values)
         variance = torch.einsum("mb,mbl->bl", share, (values - mean).square())
         return self.answer_each(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from vmap_ensemble.archive.settings import PositiveInt, Probability, Settings
@@ -26,7 +26,9 @@ class TextSettings(Settings):
         "pretrained", description="`pretrained`: weights; `torchscript`: traced members."
     )
     max_length: PositiveInt = Field(
-        512, description="Longest sequence in tokens; the rest is cut off, or read in windows."
+        512,
+        description="Longest sequence in tokens. Token classification and question answering read the rest in "
+        "windows; other modes cut it off, and the answer says `truncated`.",
     )
     captum_explanation: bool = Field(True, description="Whether /explanations/ is answered.")
     embedding_name: str = Field(
@@ -49,9 +51,33 @@ class TextSettings(Settings):
     )
     label_threshold: Probability = Field(0.5, description="Least probability of a label in a multi-label answer.")
     pooling: Literal["mean", "cls"] = Field("mean", description="How an embedding is made of the tokens'.")
-    doc_stride: PositiveInt = Field(128, description="Tokens that neighbouring windows of a long context share.")
+    doc_stride: PositiveInt = Field(128, description="Tokens that neighbouring windows of a long text share.")
+    max_windows: PositiveInt | None = Field(
+        None,
+        description="Windows of one text; longer ones are refused with a 413. By default as many as hold 2,048 "
+        "tokens together.",
+    )
+    max_request_tokens: PositiveInt = Field(
+        32_768, description="Tokens over all texts of a request; more are refused with a 413."
+    )
     max_answer_tokens: PositiveInt = Field(30, description="Longest answer to a question, in tokens.")
     max_characters: PositiveInt = Field(200_000, description="Longer texts are refused with a 413.")
+
+    @model_validator(mode="after")
+    def _abstaining_means_something(self) -> TextSettings:
+        is_regression = self.mode == "sequence_classification" and self.problem_type == "regression"
+        if self.abstains and (self.mode == "embedding" or is_regression):
+            kind = "regression" if is_regression else "embedding"
+            raise ValueError(f"{self.abstains[0]}: {kind} has no probabilities to abstain by; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_give_logits(self) -> TextSettings:
+        if self.output not in ("auto", "logits"):
+            raise ValueError(
+                f"output: expected 'auto' or 'logits', which transformers' heads give, got '{self.output}'"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})

@@ -16,6 +16,7 @@ from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.errors import ItemError, LoadError, SettingsError
 from vmap_ensemble.models.transformers import LABELLED_MODES, PRETRAINED_FOLDER
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
+from vmap_ensemble.tasks.budget import Budget
 from vmap_ensemble.tasks.task import Place, Task
 from vmap_ensemble.tasks.text.inputs import TEXT_KEYS
 from vmap_ensemble.tasks.text.mode import TextExample, TextMode, pad_windows
@@ -30,6 +31,8 @@ class TextTask(Task):
         settings: The archive's settings; they name the mode.
         place: What it may read, and where it computes.
         config: The members' transformers config.
+        positions: Longest sequence that the members have positions for; None: any.
+        vocabulary: Tokens that the members have embeddings of; None: any.
 
     Attributes:
         tokenizer: A fast tokenizer of transformers.
@@ -42,19 +45,24 @@ class TextTask(Task):
     lists_are_batches = True
     argument_names: list[str]
 
-    def __init__(self, settings: Settings, place: Place, config: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        place: Place,
+        config: Any,
+        positions: int | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         super().__init__(settings, place)
         self.tokenizer = load_tokenizer(self.settings, place)
         check_num_labels(self.settings, config)
-        self.mode: TextMode = self._make_mode(config)
+        labels = read_labels(self._folder()) or {int(k): str(v) for k, v in config.id2label.items()}
+        kind = mode_class(self.settings, config)
+        self.mode: TextMode = kind(self.settings, self.tokenizer, labels, place.names, positions, vocabulary)
         self.pads = {
             "input_ids": self.tokenizer.pad_token_id or 0,
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
-
-    def _make_mode(self, config: Any) -> TextMode:
-        labels = read_labels(self._folder()) or {int(k): str(v) for k, v in config.id2label.items()}
-        return mode_class(self.settings, config)(self.settings, self.tokenizer, labels, self.place.names)
 
     @classmethod
     def architecture_of(cls, settings: Any) -> str:
@@ -72,13 +80,26 @@ class TextTask(Task):
 
     def parse(self, item: Any) -> TextExample:
         """Read and tokenise one item."""
-        return self.mode.encode(item)
+        return self.mode.parse(item)
 
     def collate(self, examples: Sequence[TextExample]) -> tuple[Tensor, ...]:
         """Pad the windows of all examples to the longest: one (R, S) int64 tensor per argument of the model."""
         windows = [window for example in examples for window in example.windows]
         device = self.place.device
         return tuple(tensor.to(device) for tensor in pad_windows(windows, self.argument_names, self.pads))
+
+    def check_examples(self, examples: Sequence[TextExample]) -> None:
+        """Count the tokens of a request's texts.
+
+        Raises:
+            TooLargeItem: They are more than `max_request_tokens`.
+        """
+        budget = Budget(self.settings.max_request_tokens, "tokens", "max_request_tokens")
+        for example in examples:
+            budget.spend(example.tokens)
+
+    def see_outputs(self, outputs: Any) -> None:
+        """A mode knows what its heads give."""
 
     def answers(
         self, outputs: Any, weights: Tensor, options: Sequence[Options], examples: Sequence[TextExample]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.datasets.folder import pil_loader
 
 from vmap_ensemble.errors import ItemError
 from vmap_ensemble.serving.statuses import status_of
-from vmap_ensemble.tasks.images.decoding import check_resize, decode_image, read_item
+from vmap_ensemble.tasks.images.decoding import (
+    check_resize,
+    check_shape,
+    count_pixels,
+    decode_base64,
+    decode_image,
+    read_item,
+)
 
 LIMIT = 1_000_000
 
@@ -162,3 +171,172 @@ def test_tensors_keep_their_numbers():
 def test_two_payloads_are_refused():
     with pytest.raises(ItemError, match="with one of data, b64, image"):
         read_item({"data": [1], "b64": "aa"})
+
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def tiff(values, **tags):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "TIFF", tiffinfo={int(k[1:]): v for k, v in tags.items()})
+    return buffer.getvalue()
+
+
+def decoded(data, mode="L", **options):
+    return np.asarray(decode_image(data, mode, LIMIT, **options))
+
+
+def refused(data, **options):
+    with pytest.raises(ItemError) as caught:
+        decode_image(data, "L", LIMIT, **options)
+    return caught.value
+
+
+def test_floats_of_zero_to_one_are_scaled():
+    assert np.array_equal(decoded(tiff((GREY / 255).astype(np.float32))), GREY)
+    assert np.array_equal(decoded(tiff((GREY / 255).astype(np.float32)), "RGB")[..., 1], GREY)
+    overshot = (GREY / 255 * 1.003 - 0.0015).astype(np.float32)  # as bicubic resizing leaves them
+    assert np.abs(decoded(tiff(overshot)).astype(int) - GREY).max() <= 1
+
+
+@pytest.mark.parametrize("values", [GREY * 1.0, GREY / 255 - 0.1, GREY * 1000.0, np.where(GREY == 7, np.nan, 0.5)])
+def test_floats_without_a_known_white_are_refused(values):
+    error = refused(tiff(values.astype(np.float32)))
+    assert (status_of(error), "floats beyond 0 to 1" in error.message) == (415, True)
+
+
+@pytest.mark.parametrize("scale", [1, 257, 2**16 + 1])
+def test_wide_integers_are_refused(scale):
+    error = refused(tiff(GREY.astype(np.int32) * scale))
+    assert (status_of(error), "wide or signed integers" in error.message) == (415, True)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_in_every_file(kind, image_file):
+    data = image_file(Image.fromarray(GREY.astype(np.uint16) * 257), kind)
+    assert np.array_equal(decoded(data), GREY)
+    assert np.array_equal(decoded(data, "RGB")[..., 2], GREY)
+
+
+def test_big_endian_16_bits_are_scaled(image_file):
+    data = image_file(Image.frombytes("I;16B", (16, 16), (GREY.astype(">u2") * 257).tobytes()), "TIFF")
+    assert np.array_equal(decoded(data), GREY)
+
+
+def test_12_bits_are_scaled_by_their_own_white():
+    packed = bytearray()
+    for first, second in ((0, 4095), (16, 2048)):
+        packed += bytes([first >> 4, (first & 15) << 4 | second >> 8, second & 255])
+    tags = [(256, 3, 1, 4), (257, 3, 1, 1), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    tags += [(273, 4, 1, 8), (278, 3, 1, 1), (279, 4, 1, len(packed))]
+    directory = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+    at = 8 + len(packed)
+    data = struct.pack("<2sHI", b"II", 42, at) + packed + struct.pack("<H", len(tags)) + directory + b"\0\0\0\0"
+    assert decoded(data).tolist() == [[0, 255, 1, 128]]
+
+
+@pytest.mark.parametrize("values", [GREY.astype(np.uint16) * 257, (GREY / 255).astype(np.float32)])
+def test_tiffs_whose_zero_is_white_are_turned(values):
+    data = tiff(values)
+    at = data.index(struct.pack("<HHI", 262, 3, 1))
+    data = data[: at + 8] + struct.pack("<H", 0) + data[at + 10 :]
+    assert np.array_equal(decoded(data), 255 - GREY)
+
+
+def test_scaled_images_are_turned_upright():
+    values = np.array([[0.0, 1.0]], dtype=np.float32)
+    assert decoded(tiff(values, _274=6)).tolist() == [[0], [255]]
+    assert decoded(tiff((values * 65535).astype(np.uint16), _274=6)).tolist() == [[0], [255]]
+
+
+def canvas(ink, paper=None, kind="RGBA"):
+    """A line drawn by alpha: its colour everywhere, its shape in alpha; or on paper of another colour."""
+    image = Image.new("RGBA", (20, 20), (*(paper or ink), 0))
+    ImageDraw.Draw(image).line([(2, 2), (17, 17)], fill=(*ink, 255), width=4)
+    return image.convert(kind)
+
+
+LINE = np.asarray(canvas((0, 0, 0)).getchannel("A"))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA"])
+def test_drawings_in_alpha_alone_are_laid_on_what_shows_them(kind, image_file):
+    black, white = (image_file(canvas(ink, kind=kind)) for ink in ((0, 0, 0), (255, 255, 255)))
+    assert np.array_equal(decoded(black), 255 - LINE)
+    assert np.array_equal(decoded(white), LINE)
+    assert np.array_equal(decoded(black, light_ink=True), LINE)
+    assert np.array_equal(decoded(white, light_ink=True), LINE)
+    assert np.array_equal(decoded(black, "RGB", light_ink=True)[..., 0], LINE)
+
+
+def test_a_palette_with_transparent_colours_is_a_drawing_too(image_file):
+    image = Image.fromarray((LINE // 255).astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 0, 0, 0])
+    assert np.array_equal(decoded(image_file(image, transparency=0)), 255 - LINE)
+
+
+def test_colours_that_show_the_drawing_are_kept_without_alpha(image_file):
+    image = canvas((200, 40, 40), (0, 0, 0))
+    assert np.array_equal(decoded(image_file(image), "RGB"), np.asarray(image.convert("RGB")))
+    opaque = Image.new("RGBA", (4, 4), (7, 7, 7, 255))
+    clear = Image.new("RGBA", (4, 4), (7, 7, 7, 0))
+    for image in (opaque, clear):
+        assert (decoded(image_file(image)) == 7).all()
+
+
+def test_a_background_is_laid_behind_every_alpha(image_file):
+    half = image_file(Image.new("RGBA", (4, 4), (200, 0, 0, 128)))
+    for background, value in (("white", [227, 127, 127]), ("black", [100, 0, 0])):
+        assert np.abs(decoded(half, "RGB", background=background)[0, 0].astype(int) - value).max() <= 1
+    clear = image_file(Image.new("RGBA", (4, 4), (7, 7, 7, 0)))
+    assert (decoded(clear, background="white") == 255).all()
+    assert np.array_equal(decoded(image_file(canvas((0, 0, 0))), background="white", light_ink=True), 255 - LINE)
+
+
+def test_a_drawing_of_its_backgrounds_colour_is_refused(image_file):
+    error = refused(image_file(canvas((0, 0, 0))), background="black")
+    assert (status_of(error), "colour of its background, black" in error.message) == (422, True)
+
+
+IMAGE = bytes(range(256)) * 3 + b"ab"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        base64.b64encode(IMAGE).decode(),
+        base64.encodebytes(IMAGE).decode(),
+        base64.encodebytes(IMAGE).decode().replace("\n", "\r\n"),
+        base64.urlsafe_b64encode(IMAGE).decode(),
+        base64.b64encode(IMAGE).decode().rstrip("="),
+        base64.urlsafe_b64encode(IMAGE).decode().rstrip("="),
+        "data:image/png;base64," + base64.b64encode(IMAGE).decode(),
+        "data:image/png;base64," + quote(base64.b64encode(IMAGE).decode(), safe=""),
+    ],
+)
+def test_every_form_of_base64_is_read(text):
+    assert base64.b64encode(IMAGE).decode().endswith("=")
+    for item in (text, {"b64": text}, {"base64": text}, {"data": text}, {"image": text}):
+        assert read_item(item) == IMAGE
+
+
+@pytest.mark.parametrize("text", ["a", "hello", "ä=", "ab*d", "a=bc", "I am no image"])
+def test_what_is_no_base64_is_refused(text):
+    with pytest.raises(ItemError, match=r"^image: expected base64$"):
+        decode_base64(text, "image")
+
+
+def test_pixels_are_counted_before_an_image_is_decoded():
+    assert count_pixels(png_header(300, 200)) == 60_000
+    assert count_pixels(png_header(2_000_000, 2_000_000)) == 0  # decode_image refuses it
+    assert count_pixels(b"hello") == 0
+    assert count_pixels(read_item({"data": [[1, 2.5, 3]]})) == 3
+
+
+def test_long_shapes_are_refused_briefly():
+    values = [1.0]
+    for _ in range(30):
+        values = [values]
+    with pytest.raises(ItemError, match=r"expected a tensor of shape \[3\], got \[1, 1") as caught:
+        check_shape(read_item(values), (3,))
+    assert len(caught.value.message) < 200
