@@ -78,7 +78,7 @@ def note_on_input(architecture: str) -> str | None:
     if architecture.endswith(f":{TRANSFORM_INPUT}"):
         return None
     return (
-        f"{TRANSFORM_INPUT} is off, as for members trained from scratch; members fine-tuned from torchvision's weights "
+        f"{TRANSFORM_INPUT} is off, as for members trained from scratch; those fine-tuned from torchvision's weights "
         f'want "architecture": "{architecture}:{TRANSFORM_INPUT}"'
     )
 

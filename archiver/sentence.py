@@ -123,14 +123,13 @@ def _prompts(home: Path, name: str, normalised: bool) -> list[str]:
     if default and prompts.get(default):
         raise ArchiveError(
             f"member '{name}': {PROMPTS_FILE}: puts the prompt {prompts[default]!r} before every text "
-            f"(default_prompt_name), which can't be done here; set default_prompt_name to null and let clients put it "
-            "before their texts"
+            f"(default_prompt_name), which can't be done here; set that to null and let clients put it before theirs"
         )
     similarity = values.get("similarity_fn_name")
     if not normalised and similarity not in (None, "cosine"):
         raise ArchiveError(
-            f"member '{name}': {PROMPTS_FILE}: vectors are compared by '{similarity}' and not normalised, but embeddings "
-            "here are always normalised; set similarity_fn_name to cosine if that will do"
+            f"member '{name}': {PROMPTS_FILE}: vectors are compared by '{similarity}' and not normalised, but "
+            "embeddings here are always normalised; set similarity_fn_name to cosine if that will do"
         )
     given = ", ".join(f"{key}: {text!r}" for key, text in prompts.items() if text)
     return [f"prompts of {name} are not added, clients put them before their texts ({given})"] if given else []
@@ -158,8 +157,8 @@ def join_sentence_models(
         for key in {**expected.settings, **theirs}:
             if theirs.get(key) != expected.settings.get(key) and key not in given:
                 raise ArchiveError(
-                    f"member '{name}': sentence-transformers: {key} is {theirs.get(key, 'absent')}, in '{first}' it is "
-                    f"{expected.settings.get(key, 'absent')}; say which one is meant in the key '{key}'"
+                    f"member '{name}': sentence-transformers: {key} is {theirs.get(key, 'absent')}, in '{first}' it "
+                    f"is {expected.settings.get(key, 'absent')}; say which one is meant in the key '{key}'"
                 )
     settings = {key: value for key, value in expected.settings.items() if key not in given}
     return settings, expected.notes

@@ -86,12 +86,24 @@ def compare_tokenizers(first: str, base: Path, name: str, folder: Path) -> None:
                 f"{ours.get(token, 'absent')}; all members must share one vocabulary"
             )
     own, other = _facts(expected), _facts(got)
-    for key in {**own, **other}:
-        if own.get(key) != other.get(key):
-            raise ArchiveError(
-                f"member '{name}': tokenizer: {key} is {_short(other.get(key))}, in '{first}' it is "
-                f"{_short(own.get(key))}; one request is tokenised once for all members"
-            )
+    differs = _first_difference(own, other)
+    if differs is not None:
+        key, ours, theirs = differs
+        raise ArchiveError(
+            f"member '{name}': tokenizer: {key} is {_short(theirs)}, in '{first}' it is {_short(ours)}; "
+            "one request is tokenised once for all members"
+        )
+
+
+def _first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted path of the first value that differs, and both values."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return None if ours == theirs else (path, ours, theirs)
+    for key in {**ours, **theirs}:
+        found = _first_difference(ours.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+        if found is not None:
+            return found
+    return None
 
 
 def _same_files(base: Path, folder: Path) -> bool:

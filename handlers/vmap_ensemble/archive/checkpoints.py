@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 
-# What training scripts save beside weights, all of it mere data: torchvision's `args`, a best accuracy of numpy, which
-# numpy 1 and 2 pickle under two names.
+# What training scripts save beside weights, all of it mere data: torchvision's `args`, a best accuracy of numpy,
+# which numpy 1 and 2 pickle under two names.
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
 _HARMLESS: list[Any] = [
     *(argparse.Namespace, np.dtype, np.ndarray),

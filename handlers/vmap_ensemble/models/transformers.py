@@ -99,8 +99,8 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
     kind = model_class(config, mode)
     if getattr(config, "is_encoder_decoder", False):
         raise SettingsError(
-            f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: model_type '{config.model_type}' is an encoder with a decoder, which "
-            "can't be served; expected an encoder, such as BERT, RoBERTa or DeBERTa"
+            f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: model_type '{config.model_type}' is an encoder with a decoder, "
+            "which can't be served; expected an encoder, such as BERT, RoBERTa or DeBERTa"
         )
     if kind is None:
         raise SettingsError(
