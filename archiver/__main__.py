@@ -145,7 +145,7 @@ def _list(blocks: dict[str, dict[str, object]], output: Path, console: Console) 
     for name, block in blocks.items():
         state = "built" if (output / f"{name}.mar").is_file() else "not built"
         members = block.get("members", [])
-        text = ", ".join(members) if isinstance(members, list | dict) else str(members)
+        text = ", ".join(map(str, members)) if isinstance(members, list | dict) else str(members)
         console.print(f"{name:<20}{block.get('handler', '')!s:<24}{state:<12}{text}", markup=False, highlight=False)
     return 0
 

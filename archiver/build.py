@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from archiver.blocks import ArchiveRequest
-from archiver.claims import claimed_architecture, claimed_classes, claimed_transforms, note_on_input, stage_labels
+from archiver.claims import (
+    claimed_architecture,
+    claimed_classes,
+    claimed_transforms,
+    count_outputs,
+    note_on_input,
+    stage_labels,
+)
 from archiver.compile import check_compiler, compile_archive
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.kernels import add_kernels
@@ -75,7 +82,7 @@ def _build(request: ArchiveRequest, handler: type[Any], scratch: Path, target: P
     else:
         request = _with_claims(_with_architecture(request, handler), handler, sources, console)
         survey = _survey(request, sources, console)
-        request = _with_labels(request, survey, scratch)
+        request = _with_labels(request, handler, survey, scratch)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
     more = (3 if request.samples else 0) + (2 if request.compile else 0)
@@ -139,13 +146,23 @@ def _with_claims(
     return dataclasses.replace(request, settings=settings)
 
 
-def _with_labels(request: ArchiveRequest, survey: Survey, scratch: Path) -> ArchiveRequest:
+def _count_outputs(request: ArchiveRequest, handler: type[Any]) -> int | None:
+    """The classes of a network whose checkpoint doesn't tell them, where one input does."""
+    folder = request.model_file.parent if request.model_file else None
+    shape = request.settings.get("input_shape") or handler.default_input_shape
+    return count_outputs(build_architecture(str(request.settings["architecture"]), None, folder), shape)
+
+
+def _with_labels(request: ArchiveRequest, handler: type[Any], survey: Survey, scratch: Path) -> ArchiveRequest:
     """With a checked index_to_name.json, the members' own where the block brings none."""
     count = survey.num_classes
     mode = request.settings.get("mode", LABELLED_MODES[0])
     if request.pretrained is not None and mode in LABELLED_MODES:
         count = int(read_config(request.pretrained, PRETRAINED_FOLDER).num_labels)
-    claimed = claimed_classes(survey.sources, survey.classes, count)
+    has_labels = request.labels is not None or any(survey.classes)
+    if has_labels and count is None and request.pretrained is None and survey.architecture_checked:
+        count = _count_outputs(request, handler)
+    claimed = claimed_classes(survey.sources, survey.classes, count if request.labels is None else None)
     return dataclasses.replace(request, labels=stage_labels(request.labels, claimed, count, scratch))
 
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from archiver.source import Source
 from vmap_ensemble.archive.labels import check_count, parse_labels
-from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.errors import ArchiveError, SettingsError
 from vmap_ensemble.models.architecture import (
     TORCHVISION,
     TRANSFORM_INPUT,
@@ -105,7 +108,10 @@ def claimed_classes(sources: Sequence[Source], classes: Sequence[Labels | None],
     for name, labels in others:
         if labels != expected:
             raise ArchiveError(f"member '{name}': its classes are not those of '{first}': {_first(expected, labels)}")
-    check_count(expected, count, f"member '{first}': its checkpoint")
+    try:
+        check_count(expected, count, f"member '{first}': its checkpoint")
+    except SettingsError as error:
+        raise ArchiveError(f"{error}; give the right ones in the key 'labels'") from None
     # torchvision's own categories come with its transforms.
     return expected if any(classes) else None
 
@@ -136,6 +142,18 @@ def stage_labels(path: Path | None, claimed: Labels | None, count: int | None, f
     rows: Mapping[str, str] = {str(index): name for index, name in labels.items()}
     staged.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return staged
+
+
+def count_outputs(model: nn.Module, shape: Sequence[int] | None) -> int | None:
+    """How many classes a network of one's own has, as one input tells; None where it gives no (1, classes)."""
+    if shape is None:
+        return None
+    try:
+        with torch.inference_mode():
+            output = model(torch.zeros(1, *shape))
+    except Exception:  # the network is the user's, its weights are not filled, and its handler may prepare inputs
+        return None
+    return int(output.shape[1]) if isinstance(output, Tensor) and output.dim() == 2 else None
 
 
 def _is_plain(path: Path) -> bool:

@@ -152,8 +152,8 @@ def _count_classes(label: str, state: State, architecture: str) -> int | None:
     try:
         fit_member(label, state, set(), count)
     except MemberError:
-        return None  # the comparison with the architecture says what is wrong
-    return found[-1]
+        pass  # the comparison with the architecture says what is wrong
+    return next((count for count in reversed(found) if count is not None), None)
 
 
 def _current(state: State, architecture: str) -> State:

@@ -219,8 +219,10 @@ def fit_tokenizer(base: str, root: Path, model: nn.Module) -> None:
 
 
 def _check_tokens(tokenizer: Any, base: str, model: Any) -> None:
-    embedding = model.get_input_embeddings()
-    rows = getattr(embedding, "num_embeddings", None)
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # some architectures don't say where theirs is
+        rows = None
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if rows is not None and highest >= rows:
         raise ArchiveError(
