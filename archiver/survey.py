@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,10 +150,8 @@ def _count_classes(label: str, state: State, architecture: str) -> int | None:
 
     if not architecture.startswith(TORCHVISION):
         return None
-    try:
+    with suppress(MemberError):  # the comparison with the architecture says what is wrong
         fit_member(label, state, set(), count)
-    except MemberError:
-        pass  # the comparison with the architecture says what is wrong
     return next((count for count in reversed(found) if count is not None), None)
 
 

@@ -143,16 +143,9 @@ def fit_to_architecture(label: str, state: State, model: nn.Module) -> State:
         MemberError: As `check_architecture`, or two keys that the architecture ties hold different values.
     """
     check_extra_state(model)
-    state = _cast_integers(state, model)
-    try:
-        fitted = _fit(label, state, model)
-    except MemberError:
-        loaded = _load_as_torch(state, model)
-        if loaded is None:
-            raise
-        return _fit(label, loaded, model)
+    state = _as_copied(state, model)
     loaded = _load_as_torch(state, model) if _has_load_hooks(model) else None
-    return fitted if loaded is None else _fit(label, loaded, model)
+    return _fit(label, state if loaded is None else loaded, model)
 
 
 def _fit(label: str, state: State, model: nn.Module) -> State:
@@ -177,15 +170,18 @@ def _fill(state: State, model: nn.Module) -> State:
     return filled
 
 
-def _cast_integers(state: State, model: nn.Module) -> State:
-    """Integers as the architecture has them, also where an average or a cast of the model made them floats.
+def _as_copied(state: State, model: nn.Module) -> State:
+    """Integers and single numbers as the architecture has them, as copying into it would make them.
 
-    A counter of batches may be fractional after an average: load_state_dict cuts it, and evaluation never reads it.
+    An average or a cast of the model turns integers into floats; a counter of batches may be fractional after an
+    average: load_state_dict cuts it, and evaluation never reads it. torch 0.3 saved single numbers as vectors of one.
     """
     expected = model.state_dict()
     cast = renamed(state, lambda key: key)
-    for key, tensor in state.items():
-        own = expected.get(key)
+    for key, given in state.items():
+        own, tensor = expected.get(key), given
+        if own is not None and own.dim() == 0 and given.shape == (1,):
+            cast[key] = tensor = given[0]
         if own is None or own.is_floating_point() or own.dtype == tensor.dtype or tensor.is_complex():
             continue
         is_counter = key.rpartition(".")[2] == IMPLIED_SUFFIX

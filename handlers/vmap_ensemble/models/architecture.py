@@ -143,9 +143,14 @@ def infer_num_classes(spec: str, shapes: Mapping[str, tuple[int, ...]]) -> int |
     """
     if not spec.startswith(TORCHVISION):
         return None
-    # Not on the meta device, where RegNet computes the widths of its stages.
-    last = list(build_architecture(spec).state_dict())[-1]
+    last = _last_key(spec)
     return shapes[last][0] if shapes.get(last) else None
+
+
+@functools.cache
+def _last_key(spec: str) -> str:
+    # Not on the meta device, where RegNet computes the widths of its stages.
+    return list(build_architecture(spec).state_dict())[-1]
 
 
 def current_key(spec: str, key: str) -> str | None:

@@ -138,3 +138,12 @@ def test_extra_state_is_refused_by_the_modules_name() -> None:
     ):
         with pytest.raises(MemberError, match=r"Sequential: '1' keeps state in get_extra_state"):
             check()
+
+
+def test_single_numbers_of_torch_03_are_vectors_of_one() -> None:
+    model = nn.Module()
+    model.register_parameter("scale", nn.Parameter(torch.tensor(0.0)))
+    got = fit_to_architecture("a", {"scale": torch.tensor([2.5])}, model)
+    model.load_state_dict({"scale": torch.tensor([2.5])})
+    assert got["scale"].shape == ()
+    assert got["scale"].item() == model.scale.item() == 2.5
