@@ -83,7 +83,7 @@ def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path, scratch
 
 
 def _resolve(specs: Sequence[str] | dict[str, str], folder: Path, scratch: Path | None) -> list[Source]:
-    if isinstance(specs, dict):
+    if isinstance(specs, dict) and specs:
         return [_source(*_named(name, spec, folder), scratch) for name, spec in specs.items()]
     found = [item for spec in specs for item in _expand(spec, folder)]
     if not found:

@@ -53,6 +53,12 @@ def test_names_that_no_file_system_takes(tmp_path: Path) -> None:
     assert len(set(unique_names(long))) == 2
 
 
+@pytest.mark.parametrize("members", [[], {}])
+def test_no_members(tmp_path: Path, members: Any) -> None:
+    with pytest.raises(ArchiveError, match="no members: expected at least one checkpoint"):
+        resolve_members(members, tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"a": 3}', "\x00"])
 def test_files_that_are_no_blocks(tmp_path: Path, text: str) -> None:
     path = tmp_path / "setup_config.json"

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from archiver.adapters import merge_adapter
 from archiver.pretrained import find_directory, find_weights, is_lone_adapter
 from archiver.resolve import resolve_members
 from archiver.sentence import join_sentence_models, read_sentence_model
+from archiver.tokenizers import has_tokenizer
+from tests.archive.test_text_archives import save_tokenizer
 from vmap_ensemble.errors import ArchiveError
 
 KIND = "sentence_transformers.models."
@@ -194,6 +198,30 @@ def test_adapters_that_can_not_be_merged(tmp_path: Path, changes, message: str, 
         merge_adapter(adapter(tmp_path / "m", **changes), tmp_path / "merged")
 
 
+def test_an_adapter_is_merged_by_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True
+    )
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query", "value"])
+    adapted = peft.get_peft_model(model, lora).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    (source,) = resolve_members(["m"], tmp_path, tmp_path / "scratch")
+    assert source.folder is not None
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(source.folder).eval()
+    ids = torch.tensor([[2, 5, 7, 3]])
+    torch.testing.assert_close(merged(ids).logits, adapted(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert has_tokenizer(source.folder)
+
+
 def test_hidden_files_are_no_members(tmp_path: Path) -> None:
     for name in ("m0.pth", "m1.ckpt", "m2.pth.tar", "._m0.pth", ".cache/m3.pth", "notes.txt"):
         (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,8 +238,6 @@ def test_a_checkpoint_of_another_kind_is_not_left_out_in_silence(tmp_path: Path,
 
 
 def test_a_checkpoint_without_a_suffix_is_not_left_out_in_silence(tmp_path: Path) -> None:
-    import torch
-
     for file in ("m0.pth", "m1.weights"):
         torch.save({"a": torch.ones(1)}, tmp_path / file)
     with pytest.raises(ArchiveError, match=r"the folder holds m1\.weights, which looks like a checkpoint"):

@@ -252,3 +252,21 @@ def test_encoders_with_a_decoder_are_refused(tmp_path: Path) -> None:
     staged(tmp_path, transformers.BartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1))
     with pytest.raises(SettingsError, match="model_type 'bart' is an encoder with a decoder"):
         build_architecture("transformers:sequence_classification", None, tmp_path / "root")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": 7, "num_attention_heads": 2},
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": -1, "vocab_size": -5},
+        {"id2label": 3},
+        {"hidden_act": "unheard_of"},
+    ],
+)
+def test_configs_that_make_no_model_get_one_line(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained/config.json").write_text(json.dumps({"model_type": "bert", **values}))
+    with pytest.raises(SettingsError, match=r"pretrained/config\.json: ") as error:
+        build_architecture("transformers:sequence_classification", None, tmp_path)
+    assert "\n" not in str(error.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ def read_config(folder: Path, where: str) -> Any:
         raise SettingsError(f"{where}/{CONFIG_FILE}: no such file; expected what save_pretrained writes")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # its checks raise errors of their own for values of a wrong type
         told = f"transformers {transformers.__version__}: {first_line(error)}"
         raise SettingsError(f"{where}/{CONFIG_FILE}: {told}") from None
 
@@ -114,4 +114,8 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
     }
     if mode == "embedding" and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False
-    return getattr(transformers, auto_name).from_config(config, **options)
+    try:
+        return cast(nn.Module, getattr(transformers, auto_name).from_config(config, **options))
+    except Exception as error:  # sizes that don't go together raise whatever building a layer raises
+        told = f"{type(config).__name__} can't be built ({first_line(error)})"
+        raise SettingsError(f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: {told}") from None
