@@ -25,7 +25,7 @@ from vmap_ensemble.errors import ArchiveError, EnsembleError
 
 EPILOG = """\
 members:
-  files (.pt .pth .bin .safetensors), directories of save_pretrained, folders of either, 'globs',
+  files (.pt .pth .bin .ckpt .tar .pkl .safetensors), directories of save_pretrained, folders of either, 'globs',
   torchvision:ResNet50_Weights.IMAGENET1K_V1
 
 examples:
@@ -55,6 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--handler", metavar="FILE", help="handler file, in the working directory or in handlers/")
     add("--model-file", metavar="FILE", help="model.py with the nn.Module class of an own architecture")
     add("--pretrained", metavar="DIR", help="config.json and tokenizer, where the members don't bring them")
+    add("--weights", metavar="W", help="which weights to take of checkpoints that hold several, such as ema")
     add("--samples", nargs="+", metavar="S", help="input files or folders to calibrate and judge a precision on")
     add("--all", action="store_true", help="build every block")
     add("--force", action="store_true", help="replace an archive that exists")
@@ -68,9 +69,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if sum(map(bool, (options.name, options.all, options.check, options.list))) != 1:
         parser.error("expected exactly one of NAME..., --all, --check, --list")
-    single = (options.members, options.handler, options.model_file, options.pretrained, options.samples)
+    single = (
+        options.members,
+        options.handler,
+        options.model_file,
+        options.pretrained,
+        options.samples,
+        options.weights,
+    )
     if len(options.name) != 1 and any(single):
-        parser.error("--members, --handler, --model-file, --pretrained and --samples go with exactly one NAME")
+        parser.error("--members, --handler, --model-file, --pretrained, --weights and --samples go with one NAME")
     if options.check and len(options.check) > 2:
         parser.error("--check takes an archive and at most one input")
     return options
@@ -91,6 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"archive: {error}", file=sys.stderr)
         return 3 if isinstance(error, NetworkError) else 1
+    except OSError as error:  # what a file system refuses: full, read-only, a name that is too long
+        if options.debug:
+            traceback.print_exc()
+        print(f"archive: {error}", file=sys.stderr)
+        return 1
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
@@ -121,6 +134,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             allow_nan=options.allow_nan,
             pretrained=options.pretrained,
             samples=options.samples,
+            weights=options.weights,
         )
         request = dataclasses.replace(request, compile=options.compile)
         build_archive(request, options.output, options.force, console)
@@ -131,7 +145,7 @@ def _list(blocks: dict[str, dict[str, object]], output: Path, console: Console) 
     for name, block in blocks.items():
         state = "built" if (output / f"{name}.mar").is_file() else "not built"
         members = block.get("members", [])
-        text = ", ".join(members) if isinstance(members, list | dict) else str(members)
+        text = ", ".join(map(str, members)) if isinstance(members, list | dict) else str(members)
         console.print(f"{name:<20}{block.get('handler', '')!s:<24}{state:<12}{text}", markup=False, highlight=False)
     return 0
 

@@ -16,10 +16,14 @@ from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# File systems take names of 255 bytes; a scratch folder beside the archive has a longer one.
+LONGEST_NAME = 200
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # Keys that only the archiver reads; all others are the handler's settings and go into the archive.
 ARCHIVER_KEYS = (
     *("members", "labels", "model_config", "extra_files", "model_file", "version", "allow_nan"),
     *("pretrained", "library_path", "samples", "max_changed_predictions"),
+    "checkpoint_weights",
 )
 
 MAX_CHANGED_PREDICTIONS = 0.01
@@ -52,6 +56,8 @@ class ArchiveRequest:
     max_changed_predictions: float = MAX_CHANGED_PREDICTIONS
     # Whether the forward is compiled ahead of time and packed as native code.
     compile: bool = False
+    # Which weights to take of checkpoints that hold several, such as `ema`.
+    checkpoint_weights: str | None = None
 
 
 def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]]:
@@ -68,7 +74,7 @@ def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]
         blocks = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArchiveError(f"{path}: no such file; --config names another") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArchiveError(f"{path.name}: expected JSON ({error})") from None
     if not isinstance(blocks, dict):
         raise ArchiveError(f"{path.name}: expected an object, archive name -> block")
@@ -92,6 +98,7 @@ def make_request(
     allow_nan: bool = False,
     pretrained: str | None = None,
     samples: list[str] | None = None,
+    weights: str | None = None,
 ) -> ArchiveRequest:
     """Join one block with the command line, which wins.
 
@@ -99,14 +106,16 @@ def make_request(
         name: Name of the archive.
         blocks: What `read_blocks` returned; the block may be absent when handler and members are given.
         folder: Where paths inside the block start: the folder of setup_config.json.
-        members, handler, model_file, allow_nan, pretrained, samples: From the command line; paths start at
-            the working directory.
+        members, handler, model_file, allow_nan, pretrained, samples, weights: From the command line; paths start
+            at the working directory.
 
     Raises:
         ArchiveError: The name is not allowed, or something that an archive needs is missing.
     """
-    if not ARCHIVE_NAME.fullmatch(name):
-        raise ArchiveError(f"archive name '{name}': expected letters, digits, '_', '-', '.'")
+    if not ARCHIVE_NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise ArchiveError(
+            f"archive name '{name[:LONGEST_NAME]}': expected letters, digits, '_', '-', '.', at most {LONGEST_NAME}"
+        )
     if name not in blocks and not (handler and members):
         raise ArchiveError(f"'{name}' is not in setup_config.json{_hint(name, blocks)}")
     block = dict(blocks.get(name, {}))
@@ -129,12 +138,13 @@ def make_request(
         model_config=_path(name, given, "model_config", folder),
         model_file=model_path,
         extra_files=tuple(folder / item for item in extra),
-        version=str(given.get("version", "1.0")),
-        allow_nan=allow_nan or bool(given.get("allow_nan", False)),
+        version=_version(name, given.get("version", "1.0")),
+        allow_nan=allow_nan or _flag(name, "allow_nan", given.get("allow_nan", False)),
         pretrained=Path(pretrained).absolute() if pretrained else _path(name, given, "pretrained", folder),
         library_path=_path(name, given, "library_path", folder),
         samples=_sample_paths(name, given.get("samples"), folder, samples),
         max_changed_predictions=_share(name, given.get("max_changed_predictions", MAX_CHANGED_PREDICTIONS)),
+        checkpoint_weights=weights or _text(name, given, "checkpoint_weights"),
     )
 
 
@@ -169,8 +179,31 @@ def _share(name: str, value: Any) -> float:
     return float(value)
 
 
-def _find_handler(name: str, given: str | None, in_block: str | None, folder: Path) -> Path:
+def _version(name: str, value: Any) -> str:
+    # TorchServe takes it as a part of an address: no lists, no objects, no slash.
+    text = "" if isinstance(value, bool) else str(value)
+    if not isinstance(value, str | int | float) or not VERSION.fullmatch(text):
+        raise ArchiveError(f"'{name}': version: expected digits, letters and dots such as \"1.0\", got {value!r}")
+    return text
+
+
+def _flag(name: str, key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ArchiveError(f"'{name}': {key}: expected true or false, got {value!r}")
+    return value
+
+
+def _text(name: str, given: Mapping[str, Any], key: str) -> str | None:
+    value = given.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ArchiveError(f"'{name}': {key}: expected a name, got {value!r}")
+    return value
+
+
+def _find_handler(name: str, given: str | None, in_block: Any, folder: Path) -> Path:
     handler = given or in_block
+    if handler is not None and not isinstance(handler, str):
+        raise ArchiveError(f"'{name}': handler: expected the name of a .py file, got {handler!r}")
     if not handler:
         raise ArchiveError(f"'{name}': no handler; give --handler or the key 'handler'")
     places = [Path.cwd() if given else folder, HANDLERS]

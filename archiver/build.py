@@ -12,21 +12,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from archiver.blocks import ArchiveRequest
+from archiver.claims import (
+    claimed_architecture,
+    claimed_classes,
+    claimed_transforms,
+    count_outputs,
+    note_on_input,
+    stage_labels,
+)
 from archiver.compile import check_compiler, compile_archive
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.kernels import add_kernels
 from archiver.pack import pack_archive, settings_of, target_path
 from archiver.precision import check_precision, judge_precision
-from archiver.pretrained import check_num_labels, check_tokenizer, choose_pretrained, stage_pretrained
-from archiver.report import show_archive, show_kernels, show_precision, show_survey, show_traced
+from archiver.pretrained import check_heads, check_num_labels, choose_pretrained, stage_pretrained
+from archiver.report import show_archive, show_kernels, show_note, show_precision, show_survey, show_traced
 from archiver.resolve import resolve_members
+from archiver.sentence import join_sentence_models
 from archiver.source import Source
 from archiver.survey import Survey, survey_members
+from archiver.tokenizers import check_tokenizer, fit_tokenizer, set_lower_case
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
-from vmap_ensemble.archive.settings import parse_settings
+from vmap_ensemble.archive.settings import known_keys, parse_settings
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.models.architecture import TRANSFORMERS
-from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
+from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture
+from vmap_ensemble.models.transformers import LABELLED_MODES, PRETRAINED_FOLDER, read_config
 from vmap_ensemble.tasks.task import Task
 
 Step = Callable[[str], None]
@@ -62,21 +72,17 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
 
 
 def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: Path, console: Console) -> Path:
-    sources = resolve_members(request.members, request.folder)
-    pretrained = choose_pretrained(sources, request.pretrained)
-    if pretrained is not None:
-        root = stage_pretrained(pretrained, scratch / "root")
-        check_num_labels(request.settings, root)
-        check_tokenizer(pretrained.name, root)
-        request = dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
+    sources = resolve_members(request.members, request.folder, scratch)
+    request = _with_pretrained(request, handler, sources, scratch, console)
     survey: Survey | TracedMembers
     if is_traced(request.settings):
         if request.compile:
             raise ArchiveError(f"'{request.name}': --compile: traced members can't be compiled; leave it away")
         survey = _survey_traced(request, sources, scratch, console)
     else:
-        request = _with_architecture(request, handler)
+        request = _with_claims(_with_architecture(request, handler), handler, sources, console)
         survey = _survey(request, sources, console)
+        request = _with_labels(request, handler, survey, scratch)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
     more = (3 if request.samples else 0) + (2 if request.compile else 0)
@@ -95,6 +101,73 @@ def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: 
     return target
 
 
+def _with_pretrained(
+    request: ArchiveRequest, handler: type[Task], sources: list[Source], scratch: Path, console: Console
+) -> ArchiveRequest:
+    """With config.json and the tokenizer staged, and the settings that sentence-transformers directories say."""
+    pretrained = choose_pretrained(sources, request.pretrained)
+    if pretrained is None:
+        return request
+    where = f"setup_config.json, block '{request.name}'"
+    mode = str(getattr(parse_settings(request.settings, handler.settings_class, where), "mode", ""))
+    check_heads(sources, mode)
+    if mode == "embedding":
+        folders = {source.name: source.folder for source in sources if source.folder is not None}
+        told, notes = join_sentence_models(folders or {pretrained.name: pretrained}, request.settings)
+        request = dataclasses.replace(request, settings={**request.settings, **told})
+        for note in notes:
+            show_note(console, note)
+    root = stage_pretrained(pretrained, scratch / "root")
+    check_num_labels(request.settings, root)
+    check_tokenizer(pretrained.name, root)
+    settings = parse_settings(request.settings, handler.settings_class, where)
+    set_lower_case(getattr(settings, "do_lower_case", None), pretrained.name, root)
+    architecture = architecture_of(handler, request.settings, where)
+    if architecture.startswith(TRANSFORMERS):
+        fit_tokenizer(pretrained.name, root, build_architecture(architecture, None, root))
+    return dataclasses.replace(request, pretrained=root / PRETRAINED_FOLDER)
+
+
+def _with_claims(
+    request: ArchiveRequest, handler: type[Task], sources: list[Source], console: Console
+) -> ArchiveRequest:
+    """With what members say of their preprocessing, where the block doesn't say it and the handler knows it."""
+    settings = dict(request.settings)
+    architecture = claimed_architecture(str(settings.get("architecture", "")), sources)
+    if architecture:
+        settings["architecture"] = architecture
+    if "transforms" in known_keys(handler.settings_class) and not settings.get("transforms"):
+        transforms = claimed_transforms(sources)
+        if transforms is not None:
+            settings["transforms"] = transforms
+    note = note_on_input(architecture)
+    if note is not None:
+        show_note(console, note)
+    return dataclasses.replace(request, settings=settings)
+
+
+def _count_outputs(request: ArchiveRequest, handler: type[Task]) -> int | None:
+    """The classes of a network whose checkpoint doesn't tell them, where one input does."""
+    folder = request.model_file.parent if request.model_file else None
+    shape = request.settings.get("input_shape") or handler.default_input_shape
+    return count_outputs(build_architecture(str(request.settings["architecture"]), None, folder), shape)
+
+
+def _with_labels(request: ArchiveRequest, handler: type[Task], survey: Survey, scratch: Path) -> ArchiveRequest:
+    """With a checked index_to_name.json, the members' own where the block brings none."""
+    count = survey.num_classes
+    mode = request.settings.get("mode", LABELLED_MODES[0])
+    if request.pretrained is not None and mode in LABELLED_MODES:
+        count = int(read_config(request.pretrained, PRETRAINED_FOLDER).num_labels)
+    has_labels = request.labels is not None or any(survey.classes)
+    if has_labels and count is None and request.pretrained is None and survey.architecture_checked:
+        count = _count_outputs(request, handler)
+    if count == 1 and request.pretrained is None:
+        count = 2  # one logit is the sigmoid of two classes
+    claimed = claimed_classes(survey.sources, survey.classes, count if request.labels is None else None)
+    return dataclasses.replace(request, labels=stage_labels(request.labels, claimed, count, scratch))
+
+
 def _with_architecture(request: ArchiveRequest, handler: type[Task]) -> ArchiveRequest:
     where = f"setup_config.json, block '{request.name}'"
     architecture = architecture_of(handler, request.settings, where)
@@ -109,8 +182,10 @@ def _survey(request: ArchiveRequest, sources: list[Source], console: Console) ->
     if architecture.startswith(TRANSFORMERS) and request.pretrained is not None:
         folder = request.pretrained.parent
     with _progress(console, f"check {request.name}", 2 * len(sources) + 1) as step:
-        num_classes = request.settings.get("num_classes")
-        return survey_members(sources, architecture, num_classes, folder, request.allow_nan, step)
+        given = request.settings.get("num_classes")
+        num_classes = int(given) if given else None  # the settings take text, too
+        options = (folder, request.allow_nan, step, request.checkpoint_weights)
+        return survey_members(sources, architecture, num_classes, *options)
 
 
 def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console) -> TracedMembers:

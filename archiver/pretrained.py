@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vmap_ensemble.core.states import State
+from archiver.adapters import ADAPTER, ADAPTER_WEIGHTS, is_adapter
+from archiver.sentence import transformer_folder
+from archiver.tokenizers import (
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    check_code,
+    compare_tokenizers,
+    has_tokenizer,
+    read_json,
+    show,
+)
+from vmap_ensemble.core.states import State, renamed
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.models.transformers import (
     CONFIG_FILE,
     LABELLED_MODES,
+    MODES,
     PRETRAINED_FOLDER,
-    import_transformers,
+    model_class,
     read_config,
 )
 
@@ -25,37 +38,46 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-ADAPTER = "adapter_config.json"
-# Any one of these is a tokenizer; the others only say more about one.
-VOCABULARIES = (
-    *("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"),
-    *("spm.model", "tokenizer.model", "unigram.json"),
-)
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    *("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-)
 # Say how a checkpoint was made, not what it computes.
 IGNORED_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
-SHOWN_WIDTH = 80
+# Heads of pre-training that hold the mode's own beside another.
+_ALSO = {"fill_mask": ("ForPreTraining",)}
+
+
+def find_directory(path: Path) -> Path | None:
+    """The directory that holds config.json: a member's own, or that of the encoder of a sentence-transformers one."""
+    if (path / CONFIG_FILE).is_file() or is_adapter(path):
+        return path
+    return transformer_folder(path)
+
+
+def is_lone_adapter(folder: Path) -> bool:
+    """Whether a directory holds an adapter and no model."""
+    whole = (folder / CONFIG_FILE).is_file() and any((folder / name).is_file() for name in (*WEIGHTS, *SHARDED))
+    return is_adapter(folder) and not whole
 
 
 def find_weights(folder: Path) -> Path | None:
     """The weights in a directory that save_pretrained wrote; None when it isn't one.
 
     Raises:
-        ArchiveError: Its weights are sharded, or are an adapter alone.
+        ArchiveError: Its weights are sharded, or it holds a model and an adapter.
     """
     if not folder.is_dir():
         return None
-    if (folder / ADAPTER).is_file():
-        raise ArchiveError(
-            f"member '{folder.name}': holds an adapter ({ADAPTER}) without its model; merge it first: "
-            "model.merge_and_unload().save_pretrained(folder)"
-        )
+    adapter = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if is_lone_adapter(folder):
+        return adapter or folder / ADAPTER
     if not (folder / CONFIG_FILE).is_file():
         return None
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if is_adapter(folder):
+        found = weights.name if weights else "sharded weights"
+        raise ArchiveError(
+            f"member '{folder.name}': holds a whole model ({found}) and an adapter ({ADAPTER}); if the adapter is "
+            f"merged into the model, delete {ADAPTER} and {adapter.name if adapter else 'adapter_model.*'}; if it "
+            f"isn't, move the adapter's files into a directory of their own"
+        )
     sharded = next((name for name in SHARDED if (folder / name).is_file()), None)
     if weights is None and sharded:
         raise ArchiveError(
@@ -90,16 +112,45 @@ def choose_pretrained(sources: Sequence[Source], named: Path | None) -> Path | N
             "trained with: AutoTokenizer.from_pretrained(NAME).save_pretrained(folder), or name a directory that "
             "has it and config.json in the key 'pretrained' (--pretrained DIR)"
         )
+    check_code(base, CONFIG_FILE, first)
     for name, folder in folders.items():
+        check_code(folder, CONFIG_FILE, name)
         if folder != base:
             compare_configs(first, base, name, folder)
             compare_tokenizers(first, base, name, folder)
     return base
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory holds a vocabulary."""
-    return any((folder / name).is_file() for name in VOCABULARIES)
+def check_heads(sources: Sequence[Source], mode: str) -> None:
+    """Refuse members that were saved with another head than the mode's; an embedding has none.
+
+    Keys alone don't tell: the head of a token classifier and of some sequence classifiers are called alike.
+
+    Raises:
+        ArchiveError: Names the class that was saved and the mode's.
+    """
+    if mode == "embedding" or mode not in MODES:
+        return
+    for source in sources:
+        if source.folder is None:
+            continue
+        saved = read_json(source.folder / CONFIG_FILE, source.name).get("architectures")
+        wanted = model_class(read_config(source.folder, source.name), mode)
+        if not isinstance(saved, list) or not saved or wanted is None:
+            continue
+        heads = {_head(wanted.__name__), *_ALSO.get(mode, ())}
+        if not {_head(str(name)) for name in saved} & heads:
+            raise ArchiveError(
+                f"member '{source.name}': {CONFIG_FILE}: architectures is {', '.join(map(str, saved))}, but mode "
+                f"'{mode}' takes {wanted.__name__}; its head has never been trained for that. Set the mode that the "
+                "member was trained for"
+            )
+
+
+def _head(name: str) -> str:
+    """BertForSequenceClassification -> ForSequenceClassification; a bare encoder's is Model."""
+    found = re.search(r"(For[A-Z]\w*|With[A-Z]\w*|Model)$", name)
+    return found.group() if found else name
 
 
 def compare_configs(first: str, base: Path, name: str, folder: Path) -> None:
@@ -108,7 +159,7 @@ def compare_configs(first: str, base: Path, name: str, folder: Path) -> None:
     Raises:
         ArchiveError: Names the member, the key and both values.
     """
-    expected, got = _read_json(base / CONFIG_FILE, first), _read_json(folder / CONFIG_FILE, name)
+    expected, got = read_json(base / CONFIG_FILE, first), read_json(folder / CONFIG_FILE, name)
     if _difference(expected, got) is None:
         return
     # Versions of transformers write different defaults; with all of them filled in they compare.
@@ -116,19 +167,9 @@ def compare_configs(first: str, base: Path, name: str, folder: Path) -> None:
     key = _difference(expected, got)
     if key is not None:
         raise ArchiveError(
-            f"member '{name}': {CONFIG_FILE}: {key} is {_show(got, key)}, in '{first}' it is "
-            f"{_show(expected, key)}; all members must be one architecture"
+            f"member '{name}': {CONFIG_FILE}: {key} is {show(got, key)}, in '{first}' it is "
+            f"{show(expected, key)}; all members must be one architecture"
         )
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArchiveError(f"member '{name}': {path.name}: expected JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ArchiveError(f"member '{name}': {path.name}: expected an object, got {type(value).__name__}")
-    return value
 
 
 def _difference(expected: Mapping[str, Any], got: Mapping[str, Any]) -> str | None:
@@ -139,59 +180,6 @@ def _difference(expected: Mapping[str, Any], got: Mapping[str, Any]) -> str | No
     return None
 
 
-def _show(values: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(values[key], default=str) if key in values else "absent"
-    return text if len(text) <= SHOWN_WIDTH else text[: SHOWN_WIDTH - 1] + "…"
-
-
-def compare_tokenizers(first: str, base: Path, name: str, folder: Path) -> None:
-    """Refuse a member whose tokenizer numbers or lowers words otherwise; one without a tokenizer is fine.
-
-    Raises:
-        ArchiveError: Names the member, the token and both numbers.
-    """
-    if not has_tokenizer(folder) or _same_files(base, folder):
-        return
-    expected, got = _load_tokenizer(base, first), _load_tokenizer(folder, name)
-    ours, theirs = expected.get_vocab(), got.get_vocab()
-    for token in sorted({*ours, *theirs}, key=lambda token: (ours.get(token, len(ours)), token)):
-        if ours.get(token) != theirs.get(token):
-            raise ArchiveError(
-                f"member '{name}': tokenizer: token {token!r} is {theirs.get(token, 'absent')}, in '{first}' it is "
-                f"{ours.get(token, 'absent')}; all members must share one vocabulary"
-            )
-    normalizers = [_normalizer(tokenizer) for tokenizer in (got, expected)]
-    if normalizers[0] != normalizers[1]:
-        raise ArchiveError(
-            f"member '{name}': tokenizer: normalizer is {normalizers[0]}, in '{first}' it is {normalizers[1]}; "
-            "one request is tokenised once for all members"
-        )
-
-
-def _same_files(base: Path, folder: Path) -> bool:
-    """Whether the files that make a tokenizer are the same bytes."""
-    for name in VOCABULARIES:
-        ours, theirs = base / name, folder / name
-        if ours.is_file() != theirs.is_file():
-            return False
-        if ours.is_file() and ours.read_bytes() != theirs.read_bytes():
-            return False
-    return True
-
-
-def _load_tokenizer(folder: Path, name: str) -> Any:
-    try:
-        return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # what its own code raises
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArchiveError(f"member '{name}': the tokenizer can't be loaded ({line})") from None
-
-
-def _normalizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return json.dumps(json.loads(backend.to_str()).get("normalizer")) if backend is not None else "none"
-
-
 def stage_pretrained(base: Path, root: Path) -> Path:
     """Copy config.json and the tokenizer into `root`/pretrained, as an archive has them; returns `root`."""
     target = root / PRETRAINED_FOLDER
@@ -200,7 +188,7 @@ def stage_pretrained(base: Path, root: Path) -> Path:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)
     # Names of private machines and paths don't belong into an archive.
-    config = _read_json(target / CONFIG_FILE, base.name)
+    config = read_json(target / CONFIG_FILE, base.name)
     config.pop("_name_or_path", None)
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return root
@@ -220,24 +208,6 @@ def check_num_labels(settings: Mapping[str, Any], root: Path) -> None:
         raise ArchiveError(f"num_labels: the settings say {wanted}, the members' {CONFIG_FILE} has {got} labels")
 
 
-def check_tokenizer(base: str, root: Path) -> None:
-    """Refuse a tokenizer that a worker couldn't use: one that has no fast form gives no characters of its tokens.
-
-    Args:
-        base: The name of the directory that it comes from.
-        root: The staged root of the archive.
-
-    Raises:
-        ArchiveError: It can't be loaded, or is slow; names its class.
-    """
-    tokenizer = _load_tokenizer(root / PRETRAINED_FOLDER, base)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ArchiveError(
-            f"'{base}': its tokenizer, {type(tokenizer).__name__}, has only a slow form written in Python, which "
-            "doesn't say which characters a token stands for; save a fast one (tokenizer.json) into the directory"
-        )
-
-
 def adapt_state(state: State, model: nn.Module, embedding: bool) -> tuple[State, list[str]]:
     """Bring a checkpoint of a sibling class or an older transformers to the model's keys.
 
@@ -250,7 +220,7 @@ def adapt_state(state: State, model: nn.Module, embedding: bool) -> tuple[State,
         The state dict, and the keys that were left out because the model has no use for them.
     """
     known = set(model.state_dict())
-    state = {_modern_key(key, known): tensor for key, tensor in state.items()}
+    state = renamed(state, lambda key: _modern_key(key, known))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     heads: list[str] = []
     # Only where no key fits as it is, so that stripping can't mix two sets of weights.

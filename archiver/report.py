@@ -66,6 +66,11 @@ def show_precision(console: Console, found: Precision | None) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_note(console: Console, text: str) -> None:
+    """What was found and is left to a person."""
+    console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def show_kernels(console: Console, reason: str | None) -> None:
     """While packing: why the kernels of our own aren't in the archive, if they aren't."""
     if reason is not None:

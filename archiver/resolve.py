@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,32 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
-from archiver.pretrained import find_weights
+from archiver.adapters import merge_adapter
+from archiver.pretrained import find_directory, find_weights, is_lone_adapter
 from archiver.source import Source
-from vmap_ensemble.archive.checkpoints import SUFFIXES
+from vmap_ensemble.archive.checkpoints import SUFFIXES, checkpoint_stem, looks_like_checkpoint
 from vmap_ensemble.errors import ArchiveError
 
 TORCHVISION = "torchvision:"
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 # members/shared.safetensors is what all members share.
 RESERVED = "shared"
+# File systems take names of 255 bytes; a member's file has a suffix, and a name that isn't the only one a number.
+LONGEST_NAME = 200
+# Weights of other frameworks, which would be left out of a folder in silence.
+FOREIGN_SUFFIXES = (
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".onnx",
+    ".msgpack",
+    ".npz",
+    ".gguf",
+    ".pb",
+    ".tflite",
+    ".pt2",
+    ".pickle",
+)
 
 
 class NetworkError(ArchiveError):
@@ -38,9 +56,10 @@ class _Found:
     naming: Path
     shown: str
     folder: Path | None = None
+    weights: str | None = None
 
 
-def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list[Source]:
+def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path, scratch: Path | None = None) -> list[Source]:
     """Find the checkpoint of every member and give each a name.
 
     Args:
@@ -48,6 +67,7 @@ def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list
             directly inside), globs, or `torchvision:ResNet50_Weights.IMAGENET1K_V1`; or name -> one of these
             that stands for one member.
         folder: Where relative paths start.
+        scratch: Where adapters are merged; without it, and without peft, they are refused.
 
     Returns:
         Members in the order given; those of a folder or a glob in natural order (m2 before m10).
@@ -56,8 +76,15 @@ def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list
         ArchiveError: Nothing is given or found, a file is given twice, or a name isn't allowed.
         NetworkError: Weights of torchvision aren't cached and can't be fetched.
     """
-    if isinstance(specs, dict):
-        return [_named(name, spec, folder) for name, spec in specs.items()]
+    try:
+        return _resolve(specs, folder, scratch)
+    except (OSError, ValueError) as error:  # names that no file system takes, folders that may not be read
+        raise ArchiveError(f"members: can't be looked for ({error})") from None
+
+
+def _resolve(specs: Sequence[str] | dict[str, str], folder: Path, scratch: Path | None) -> list[Source]:
+    if isinstance(specs, dict) and specs:
+        return [_source(*_named(name, spec, folder), scratch) for name, spec in specs.items()]
     found = [item for spec in specs for item in _expand(spec, folder)]
     if not found:
         raise ArchiveError("no members: expected at least one checkpoint; give --members or the key 'members'")
@@ -66,11 +93,14 @@ def resolve_members(specs: Sequence[str] | dict[str, str], folder: Path) -> list
     if twice:
         raise ArchiveError(f"member '{twice[0].naming.name}' is given twice; name both to keep them: {{name: path}}")
     names = unique_names([item.naming for item in found])
-    return [_source(name, item) for name, item in zip(names, found, strict=True)]
+    return [_source(name, item, scratch) for name, item in zip(names, found, strict=True)]
 
 
-def _source(name: str, item: _Found) -> Source:
-    return Source(name, item.path, item.shown, item.folder)
+def _source(name: str, item: _Found, scratch: Path | None) -> Source:
+    if item.folder is not None and is_lone_adapter(item.folder):
+        merged = merge_adapter(item.folder, scratch / f"merged-{name}" if scratch else None)
+        return Source(name, find_weights(merged) or item.path, item.shown, merged)
+    return Source(name, item.path, item.shown, item.folder, item.weights)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -111,13 +141,14 @@ def _number_equal_ones(names: list[str]) -> list[str]:
 
 def _name_at(path: Path, depth: int) -> str:
     """The last `depth` parts, joined: fold0/model.pt at 2 is fold0-model."""
-    stem = path.name if path.suffix not in SUFFIXES else path.stem
+    stem = checkpoint_stem(path)
     parents = [part for part in path.parts[:-1] if part not in ("/", "..", ".")]
     return _clean("-".join([*(parents[-(depth - 1) :] if depth > 1 else []), stem]))
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".-") or "member"
+    # The end of a name that is too long: there, parents and folds differ.
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[-LONGEST_NAME:].lstrip(".-") or "member"
 
 
 def _shown(path: Path) -> str:
@@ -125,20 +156,23 @@ def _shown(path: Path) -> str:
     return path.name.encode("utf-8", "replace").decode("utf-8")
 
 
-def _named(name: str, spec: str, folder: Path) -> Source:
+def _named(name: str, spec: str, folder: Path) -> tuple[str, _Found]:
+    if len(name) > LONGEST_NAME:
+        raise ArchiveError(f"member name '{name[:40]}…': {len(name)} characters, expected at most {LONGEST_NAME}")
     if not NAME.fullmatch(name) or name == RESERVED or name.startswith("."):
         raise ArchiveError(f"member name '{name}': expected letters, digits, '.', '_', '-', and not '{RESERVED}'")
     found = _expand(spec, folder)
     if len(found) != 1:
         raise ArchiveError(f"member '{name}': '{spec}' stands for {len(found)} files, expected one")
-    return _source(name, found[0])
+    return name, found[0]
 
 
 def _expand(spec: str, folder: Path) -> list[_Found]:
     """Members that one spec stands for."""
     if spec.startswith(TORCHVISION):
         weights = spec.removeprefix(TORCHVISION)
-        return [_Found(fetch_torchvision(weights), Path(weights), weights)]
+        path = fetch_torchvision(weights)
+        return [_Found(path, Path(weights), weights, None, weights)]
     path = (folder / spec).absolute()
     if path.is_file():
         return _found([path])
@@ -153,13 +187,20 @@ def _expand(spec: str, folder: Path) -> list[_Found]:
 
 
 def _expand_folder(spec: str, path: Path) -> list[_Found]:
-    """Every checkpoint directly inside, or every directory of save_pretrained; not both."""
-    files = _found(item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file())
-    directories = _found(item for item in path.iterdir() if item.is_dir())
+    """Every checkpoint directly inside, or every directory of save_pretrained; not both, and nothing hidden."""
+    inside = [item for item in path.iterdir() if not item.name.startswith(".")]
+    files = _found(item for item in inside if item.suffix in SUFFIXES and item.is_file() and not _is_tar(item))
+    directories = _found(item for item in inside if item.is_dir())
     if files and directories:
         raise ArchiveError(
             f"members '{spec}': the folder holds checkpoints ({files[0].shown}) and Hugging Face directories "
             f"({directories[0].shown}); name those that are meant"
+        )
+    foreign = next((item for item in sorted(inside) if _is_foreign_checkpoint(item)), None)
+    if foreign is not None and not directories:
+        raise ArchiveError(
+            f"members '{spec}': the folder holds {_shown(foreign)}, which looks like a checkpoint but doesn't end in "
+            f"{', '.join(SUFFIXES)}; rename it, convert it, or name those that are meant"
         )
     if not files and not directories:
         raise ArchiveError(
@@ -168,14 +209,25 @@ def _expand_folder(spec: str, path: Path) -> list[_Found]:
     return files or directories
 
 
+def _is_tar(path: Path) -> bool:
+    """A real archive of tar, not what PyTorch's examples call model_best.pth.tar."""
+    return path.suffix == ".tar" and tarfile.is_tarfile(path)
+
+
+def _is_foreign_checkpoint(path: Path) -> bool:
+    if not path.is_file() or path.suffix in SUFFIXES:
+        return False
+    return path.suffix in FOREIGN_SUFFIXES or looks_like_checkpoint(path)
+
+
 def _found(paths: Iterable[Path]) -> list[_Found]:
     """Files and Hugging Face directories among the paths, in natural order; other folders are left out."""
     found = []
     for path in sorted(paths, key=_natural):
         if path.is_file():
             found.append(_Found(path, path, _shown(path)))
-        elif (weights := find_weights(path)) is not None:
-            found.append(_Found(weights, path, _shown(path), path))
+        elif (folder := find_directory(path)) is not None and (weights := find_weights(folder)) is not None:
+            found.append(_Found(weights, path, _shown(path), folder))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from archiver.pretrained import adapt_state
 from archiver.source import Source
-from vmap_ensemble.archive.checkpoints import read_state_dict
+from vmap_ensemble.archive.checkpoints import Checkpoint, read_checkpoint
+from vmap_ensemble.archive.key_forms import fit_member
 from vmap_ensemble.archive.manifest import hash_file
 from vmap_ensemble.core.states import (
     State,
@@ -20,9 +22,18 @@ from vmap_ensemble.core.states import (
     find_shared,
     find_ties,
     fit_to_architecture,
+    renamed,
     spec_of,
 )
-from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture, infer_num_classes
+from vmap_ensemble.errors import MemberError
+from vmap_ensemble.models.architecture import (
+    TORCHVISION,
+    TRANSFORMERS,
+    build_architecture,
+    current_key,
+    infer_num_classes,
+)
+from vmap_ensemble.models.construction import check_construction
 
 Step = Callable[[str], None]
 
@@ -41,6 +52,8 @@ class Survey:
     architecture_checked: bool
     # Keys of the checkpoints that the architecture has no use for, such as heads of an embedding's members.
     left_out: tuple[str, ...] = ()
+    # Per member what its checkpoint says of its classes, where it does.
+    classes: tuple[dict[int, str] | None, ...] = ()
 
     def kept_keys(self) -> list[str]:
         """Keys that are stored: all but the tied ones."""
@@ -74,6 +87,7 @@ def survey_members(
     folder: Path | None,
     allow_nan: bool,
     step: Step,
+    choice: str | None = None,
 ) -> Survey:
     """Read and check all members against each other and against the architecture.
 
@@ -84,27 +98,26 @@ def survey_members(
         folder: Where model.py or pretrained/ lies, if the architecture needs one.
         allow_nan: Archive NaN and infinite weights nevertheless.
         step: Called with a line of what is done, once per member and once for the comparison.
+        choice: Which weights to take of files that hold several, as in `read_checkpoint`.
 
     Raises:
         MemberError: One line that names the file, the key, and both shapes or dtypes.
-        SettingsError: The architecture can't be built.
+        SettingsError: The architecture can't be built, or draws numbers that stand in no checkpoint.
     """
     labels = _labels(sources)
-    states: list[State] = []
+    read: list[Checkpoint] = []
     hashes: list[str] = []
-    left_out: list[str] = []
     for source in sources:
         step(f"read {source.name}")
-        states.append(read_state_dict(source.path))
+        read.append(read_checkpoint(source.path, choice))
         hashes.append(hash_file(source.path))
+    states = [checkpoint.state for checkpoint in read]
+    left_out: list[str] = []
     if architecture:
-        num_classes = num_classes or infer_num_classes(
-            architecture, {key: spec[0] for key, spec in spec_of(states[0]).items()}
-        )
+        check_construction(architecture, num_classes, folder)
+        num_classes = num_classes or _count_classes(labels[0], states[0], architecture)
         model = build_architecture(architecture, num_classes, folder)
-        if architecture.startswith(TRANSFORMERS):
-            states, left_out = _adapt(states, model, architecture)
-        states = [fit_to_architecture(label, state, model) for label, state in zip(labels, states, strict=True)]
+        states, left_out = _fit(dict(zip(labels, states, strict=True)), model, architecture)
     compare_members({label: spec_of(state) for label, state in zip(labels, states, strict=True)})
     for label, state in zip(labels, states, strict=True):
         if not allow_nan:
@@ -120,14 +133,52 @@ def survey_members(
         num_classes=num_classes,
         architecture_checked=bool(architecture),
         left_out=tuple(left_out),
+        classes=tuple(checkpoint.classes for checkpoint in read),
     )
 
 
-def _adapt(states: list[State], model: nn.Module, architecture: str) -> tuple[list[State], list[str]]:
-    """The members with the keys of a transformers model, and what any of them has beyond those."""
-    embedding = architecture == f"{TRANSFORMERS}embedding"
-    adapted = [adapt_state(state, model, embedding) for state in states]
-    return [state for state, _ in adapted], sorted({key for _, keys in adapted for key in keys})
+def _count_classes(label: str, state: State, architecture: str) -> int | None:
+    """The width of the last layer, in whatever form the member's keys come; other shapes don't matter here."""
+    found: list[int | None] = []
+
+    def count(form: State) -> State:
+        own = _current(form, architecture)
+        found.append(infer_num_classes(architecture, {key: tuple(tensor.shape) for key, tensor in own.items()}))
+        if found[-1] is None:
+            raise MemberError(f"{label}: it has no last layer")
+        return own
+
+    if not architecture.startswith(TORCHVISION):
+        return None
+    with suppress(MemberError):  # the comparison with the architecture says what is wrong
+        fit_member(label, state, set(), count)
+    return next((count for count in reversed(found) if count is not None), None)
+
+
+def _current(state: State, architecture: str) -> State:
+    return renamed(state, lambda key: current_key(architecture, key))
+
+
+def _fit(states: dict[str, State], model: nn.Module, architecture: str) -> tuple[list[State], list[str]]:
+    """The members with the keys of the architecture, and what any of them has beyond those."""
+    known = set(model.state_dict())
+    is_encoder, embedding = architecture.startswith(TRANSFORMERS), architecture == f"{TRANSFORMERS}embedding"
+    fitted, left_out = [], set()
+    for label, state in states.items():
+        spare: list[str] = []
+
+        def fit(form: State, label: str = label, spare: list[str] = spare) -> State:
+            own = _current(form, architecture)
+            extra = [key for key in form if current_key(architecture, key) is None]
+            if is_encoder:
+                own, extra = adapt_state(own, model, embedding)
+            result = fit_to_architecture(label, own, model)
+            spare[:] = extra
+            return result
+
+        fitted.append(fit_member(label, state, known, fit))
+        left_out.update(spare)
+    return fitted, sorted(left_out)
 
 
 def _labels(sources: list[Source]) -> list[str]:

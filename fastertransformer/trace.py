@@ -95,7 +95,7 @@ def load_checkpoint(name: str, mode: str, max_length: int) -> Any:
         "token_classification": transformers.BertForTokenClassification,
     }
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_config(config, max_length)
         loader: Any = classes[mode]  # its stub omits output_loading_info, which returns a pair
         model, report = loader.from_pretrained(
@@ -238,7 +238,7 @@ def save_tokenizer(name: str, folder: Path, do_lower_case: bool | None) -> None:
     from transformers import AutoTokenizer
 
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
-    AutoTokenizer.from_pretrained(name, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options).save_pretrained(folder)
 
 
 def run(options: argparse.Namespace) -> str:

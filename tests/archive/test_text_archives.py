@@ -251,7 +251,7 @@ def shard(folder: Path) -> None:
         (
             "fold1",
             lambda folder: save_tokenizer(folder, lowercase=False),
-            "member 'fold1': tokenizer: normalizer is",
+            "member 'fold1': tokenizer: normalizer.lowercase is false, in 'fold0' it is true",
         ),
         ("fold0", lose_tokenizer, "'fold0' holds no tokenizer"),
         ("fold0", slow_tokenizer, "'fold0': its tokenizer, BertJapaneseTokenizer, has only a slow form"),
@@ -259,7 +259,7 @@ def shard(folder: Path) -> None:
         (
             "fold0",
             lambda folder: (folder / "adapter_config.json").write_text("{}"),
-            "member 'fold0': holds an adapter",
+            "member 'fold0': holds a whole model (model.safetensors) and an adapter (adapter_config.json)",
         ),
         (
             "fold0",

@@ -1,47 +1,75 @@
-"""Turns a checkpoint file into a plain state dict, and state dicts into the certainty that they stack.
+"""Turns a checkpoint file into a plain state dict, and what it says of its classes.
 
 Nothing here executes what a file holds: pickles are read with `weights_only=True`, always.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vmap_ensemble.archive.labels import classes_in
+from vmap_ensemble.archive.wrappers import WRAPPERS, choose_state, choose_submodule, strip_wrappers
 from vmap_ensemble.core.states import State
 from vmap_ensemble.errors import MemberError, first_line
 
 logger = logging.getLogger(__name__)
 
-
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+# .tar: what PyTorch's own examples call model_best.pth.tar; .ckpt: Lightning's.
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
-WRAPPERS = ("state_dict", "model", "model_state_dict")
-# DataParallel and torch.compile put these before every key.
-PREFIXES = ("module.", "_orig_mod.")
+
+# What training scripts save beside weights, all of it mere data: torchvision's `args`, a best accuracy of numpy,
+# which numpy 1 and 2 pickle under two names.
+_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    *(argparse.Namespace, np.dtype, np.ndarray),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(getattr(np.dtypes, name) for name in ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")),
+]
 
 
-def read_state_dict(path: str | Path) -> State:
+@dataclass(frozen=True)
+class Checkpoint:
+    """One file: its weights, and class number -> name where it says so."""
+
+    state: State
+    classes: dict[int, str] | None = None
+
+
+def read_state_dict(path: str | Path, choice: str | None = None) -> State:
+    """The weights of `read_checkpoint`."""
+    return read_checkpoint(path, choice).state
+
+
+def read_checkpoint(path: str | Path, choice: str | None = None) -> Checkpoint:
     """Read one checkpoint as a flat state dict on the CPU, memory-mapped.
 
     Args:
-        path: A .pt, .pth or .bin file of torch.save, or a .safetensors file. A dict wrapped as
-            {"state_dict": ...}, {"model": ...} or {"model_state_dict": ...} is unwrapped; a prefix
-            "module." (DataParallel) or "_orig_mod." (torch.compile) that all keys carry is removed.
+        path: A .pt, .pth, .bin, .ckpt, .tar or .pkl file of torch.save, or a .safetensors file. A dict that wraps the
+            state dict, as {"state_dict": ...} does, is unwrapped. What DataParallel, AveragedModel, torch.compile
+            and FSDP put into keys is removed; a prefix such as "model." stays, since only the architecture tells.
+        choice: Which weights to take where the file holds several: the name of an entry (`model_ema`, or `ema`
+            where only one has that in its name), or of a submodule (`model` takes the keys below "model.").
 
     Returns:
-        Key -> tensor. Aliased tensors (tied weights) stay aliased. The tensors are views of the file: they
-        are read when used, and the file must not change meanwhile.
+        Key -> tensor, and the classes. Aliased tensors (tied weights) stay aliased. The tensors are views of the
+        file: they are read when used, and the file must not change meanwhile.
 
     Raises:
-        MemberError: The file is missing, unreadable, not a state dict, or needs more than weights.
+        MemberError: The file is missing, unreadable, not a state dict, needs more than weights, or holds several.
 
     Note:
         Files in torch's format from before 1.6 can't be mapped; they are read whole, and the log says so.
@@ -52,9 +80,29 @@ def read_state_dict(path: str | Path) -> State:
     if not path.is_file():
         raise MemberError(f"{path.name}: no such file")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _strip_prefixes(_unwrap(loaded, path.name))
-    _require_tensors(state, path.name)
-    return state
+    chosen, left = choose_state(loaded, path.name, choice)
+    _require_tensors(chosen, path.name)
+    state = strip_wrappers(chosen, path.name)
+    if left is not None:
+        state = choose_submodule(state, path.name, left)
+    return Checkpoint(state, classes_in(loaded, path.name))
+
+
+def checkpoint_stem(path: Path) -> str:
+    """A file's name without what makes it a checkpoint: model_best.pth.tar is model_best."""
+    name = path.name
+    while Path(name).suffix in SUFFIXES and Path(name).stem:
+        name = Path(name).stem
+    return name
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether torch.save wrote a file, whatever it is called."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/data.pkl") for name in file.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _read_safetensors(path: Path) -> State:
@@ -67,16 +115,22 @@ def _read_safetensors(path: Path) -> State:
 
 def _read_pickle(path: Path) -> Any:
     mapped = _is_zip(path)
+    if mapped and _is_torchscript(path):
+        raise MemberError(
+            f"{path.name}: a TorchScript file, expected a state dict; save one with "
+            "torch.save(torch.jit.load(path).state_dict(), other_path)"
+        )
     if not mapped:
         logger.info("%s: format from before torch 1.6, which can't be memory-mapped; reading it whole", path.name)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise MemberError(
             f"{path.name}: holds more than weights, or is no checkpoint; only tensors are read "
             "(weights_only=True). Save it again with torch.save(model.state_dict(), path)"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise MemberError(f"{path.name}: not a whole torch checkpoint ({first_line(error)})") from None
 
 
@@ -85,26 +139,12 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _unwrap(loaded: Any, where: str) -> Any:
-    """Follow {"state_dict": {...}} and its kin down to the dict of tensors."""
-    while isinstance(loaded, Mapping):
-        inner = [key for key in WRAPPERS if isinstance(loaded.get(key), Mapping)]
-        if not inner:
-            return loaded
-        if len(inner) > 1:
-            raise MemberError(f"{where}: holds several state dicts ({', '.join(inner)}); save only one of them")
-        loaded = loaded[inner[0]]
-    return loaded
-
-
-def _strip_prefixes(state: Any) -> Any:
-    if not isinstance(state, Mapping):
-        return state
-    state = dict(state)
-    for prefix in PREFIXES * 2:
-        if state and all(str(key).startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.partition("/")[2] == "constants.pkl" for name in file.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False  # torch.load says what is wrong
 
 
 def _require_tensors(state: Any, where: str) -> None:
@@ -113,10 +153,15 @@ def _require_tensors(state: Any, where: str) -> None:
     if not state:
         raise MemberError(f"{where}: the state dict is empty")
     for key, value in state.items():
-        if not isinstance(value, Tensor):
+        if str(key).rpartition(".")[2] == "_extra_state":
+            raise MemberError(
+                f"{where}: key '{key}' is what get_extra_state gave, which can't be stacked; expected parameters and "
+                "buffers alone"
+            )
+        if not isinstance(key, str) or not isinstance(value, Tensor):
             raise MemberError(
                 f"{where}: key '{key}' is {type(value).__name__}, expected a tensor; "
-                f"a state dict may be wrapped only as {', '.join(WRAPPERS)}"
+                f"a state dict may be wrapped as {', '.join(WRAPPERS)}, or as the one entry with weights"
             )
         if value.layout != torch.strided or value.is_quantized:
             raise MemberError(f"{where}: key '{key}' is sparse or quantised; expected a dense tensor")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 # Checkpoints older than torch 0.4.1 lack this counter; load_state_dict fills it with 0 too
 # (torch/nn/modules/batchnorm.py, _load_from_state_dict), and evaluation never reads it.
 IMPLIED_SUFFIX = "num_batches_tracked"
+
+
+# Where torch keeps the versions of a state dict's modules, which load hooks read (Module.load_state_dict).
+METADATA = "_metadata"
 
 
 def spec_of(state: Mapping[str, Tensor]) -> dict[str, Spec]:
@@ -65,8 +71,10 @@ def check_architecture(label: str, spec: Mapping[str, Spec], model: nn.Module) -
         model: The architecture.
 
     Raises:
-        MemberError: A key is missing or unexpected, or a shape or the kind of a dtype is another.
+        MemberError: A key is missing or unexpected, or a shape or the kind of a dtype is another; or the
+            architecture has state that is no tensor.
     """
+    check_extra_state(model)
     expected = spec_of(model.state_dict())
     name = type(model).__name__
     absent = set(_absent_but_implied(spec, model))
@@ -79,6 +87,20 @@ def check_architecture(label: str, spec: Mapping[str, Spec], model: nn.Module) -
         same_kind = got[1].is_floating_point == expected[key][1].is_floating_point
         if got[0] != expected[key][0] or not same_kind:
             raise MemberError(f"{label}: key '{key}' is {show_spec(got)}, {name} expects {show_spec(expected[key])}")
+
+
+def check_extra_state(model: nn.Module) -> None:
+    """Refuse modules with a `get_extra_state` of their own: what it returns can't be stacked.
+
+    Raises:
+        MemberError: Names the module.
+    """
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise MemberError(
+                f"{type(model).__name__}: '{name or type(module).__name__}' keeps state in get_extra_state, which "
+                "can't be stacked; expected parameters and buffers alone: register it as a buffer"
+            )
 
 
 def _absent_but_implied(present: Iterable[str], model: nn.Module) -> dict[str, str | None]:
@@ -104,7 +126,10 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 
 
 def fit_to_architecture(label: str, state: State, model: nn.Module) -> State:
-    """The state dict with every key of the architecture: ties joined, implied keys filled.
+    """The state dict with every key of the architecture: what `load_state_dict` would make of it.
+
+    Keys that the architecture ties are joined, implied ones filled, counters that became floating point are
+    whole numbers again. Load hooks of the architecture run, in a copy of it, as torch runs them.
 
     Args:
         label: What errors call the member.
@@ -117,10 +142,15 @@ def fit_to_architecture(label: str, state: State, model: nn.Module) -> State:
     Raises:
         MemberError: As `check_architecture`, or two keys that the architecture ties hold different values.
     """
+    check_extra_state(model)
+    state = _as_copied(state, model)
+    loaded = _load_as_torch(state, model) if _has_load_hooks(model) else None
+    return _fit(label, state if loaded is None else loaded, model)
+
+
+def _fit(label: str, state: State, model: nn.Module) -> State:
     check_architecture(label, spec_of(state), model)
-    filled = dict(state)
-    for key, tied_to in _absent_but_implied(state, model).items():
-        filled[key] = torch.zeros((), dtype=torch.int64) if tied_to is None else state[tied_to]
+    filled = _fill(state, model)
     for first, *others in tied_groups(model):
         for key in others:
             if not same_bits(filled[first], filled[key]):
@@ -130,6 +160,85 @@ def fit_to_architecture(label: str, state: State, model: nn.Module) -> State:
                 )
             filled[key] = filled[first]
     return {key: filled[key] for key in model.state_dict()}
+
+
+def _fill(state: State, model: nn.Module) -> State:
+    """With the keys that may be absent; metadata stays."""
+    filled = renamed(state, lambda key: key)
+    for key, tied_to in _absent_but_implied(state, model).items():
+        filled[key] = torch.zeros((), dtype=torch.int64) if tied_to is None else state[tied_to]
+    return filled
+
+
+def _as_copied(state: State, model: nn.Module) -> State:
+    """Integers and single numbers as the architecture has them, as copying into it would make them.
+
+    An average or a cast of the model turns integers into floats; a counter of batches may be fractional after an
+    average: load_state_dict cuts it, and evaluation never reads it. torch 0.3 saved single numbers as vectors of one.
+    """
+    expected = model.state_dict()
+    cast = renamed(state, lambda key: key)
+    for key, given in state.items():
+        own, tensor = expected.get(key), given
+        if own is not None and own.dim() == 0 and given.shape == (1,):
+            cast[key] = tensor = given[0]
+        if own is None or own.is_floating_point() or own.dtype == tensor.dtype or tensor.is_complex():
+            continue
+        is_counter = key.rpartition(".")[2] == IMPLIED_SUFFIX
+        if not tensor.is_floating_point() or (is_counter or bool((tensor == tensor.trunc()).all())):
+            cast[key] = tensor.to(own.dtype)
+    return cast
+
+
+def _has_load_hooks(model: nn.Module) -> bool:
+    """Whether a module of the architecture changes what it loads; torch's own only fill in the batch counter."""
+    if type(model).load_state_dict is not nn.Module.load_state_dict:
+        return True
+    for module in model.modules():
+        own = type(module)._load_from_state_dict
+        foreign = own is not nn.Module._load_from_state_dict and not own.__module__.startswith("torch.nn.")
+        if foreign or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+            return True
+    return False
+
+
+def _load_as_torch(state: State, model: nn.Module) -> State | None:
+    """What the architecture holds after load_state_dict(strict=True); None where it refuses.
+
+    Tensors are assigned, not copied: members stay mapped from their files, and keep their dtypes.
+    """
+    try:
+        loaded = copy.deepcopy(model)
+        loaded.load_state_dict(_fill(state, model), strict=True, assign=True)
+        return dict(loaded.state_dict())
+    except Exception:  # a hook of a user's own module may raise anything; the caller has the line that says why
+        return None
+
+
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> State:
+    """The state dict under other keys; the versions of its modules, where torch saved them, come along.
+
+    Args:
+        state: Key -> tensor.
+        rename: Key -> its new name; None leaves it out.
+
+    Raises:
+        MemberError: Two keys get one name.
+    """
+    result: State = OrderedDict()
+    for key, tensor in state.items():
+        name = rename(key)
+        if name is None:
+            continue
+        if name in result:
+            raise MemberError(f"two keys become '{name}', one of them is '{key}'")
+        result[name] = tensor
+    versions = getattr(state, METADATA, None)
+    if isinstance(versions, Mapping):
+        moved = {rename(f"{path}.{METADATA}" if path else METADATA): value for path, value in versions.items()}
+        kept = {n.removesuffix(METADATA).rstrip("."): value for n, value in moved.items() if n is not None}
+        setattr(result, METADATA, OrderedDict(kept))
+    return result
 
 
 def check_finite(label: str, state: Mapping[str, Tensor]) -> None:

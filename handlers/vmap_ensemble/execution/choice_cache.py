@@ -99,7 +99,7 @@ class ChoiceCache:
             return Choice(str(stored["name"]), str(stored["reason"]), candidates, schedule)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning("the stored choice %s can't be read, measuring again: %s", self.path.name, error)
             return None
 

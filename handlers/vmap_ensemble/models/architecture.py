@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble.errors import SettingsError
@@ -22,6 +23,13 @@ from vmap_ensemble.models.transformers import build_transformers
 
 TORCHVISION = "torchvision:"
 TRANSFORMERS = "transformers:"
+# What torchvision's own weights of GoogLeNet and Inception are loaded with, and a checkpoint doesn't tell.
+TRANSFORM_INPUT = "transform_input"
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+# Auxiliary heads of these two, which evaluation never computes.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+# torchvision/models/densenet.py, _load_state_dict: the published files say norm.1 where the network says norm1.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
 
 _RANDOM_FILLS = {
     torch.ops.aten.uniform_.default,
@@ -39,12 +47,18 @@ class SkipRandomFills(TorchDispatchMode):
     their real values, which building on the meta device would lose.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Whether anything but a parameter was drawn.
+        self.drew = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, or hand back its tensor as it is."""
         # Parameters only: initialisers that draw until all values are in range (nn.init.trunc_normal_)
         # never end when their scratch tensors aren't filled.
         if func in _RANDOM_FILLS and isinstance(args[0], nn.Parameter):
             return args[0]
+        self.drew = self.drew or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return func(*args, **(kwargs or {}))
 
 
@@ -53,6 +67,7 @@ def build_architecture(spec: str, num_classes: int | None = None, folder: Path |
 
     Args:
         spec: `torchvision:resnet18` (any torchvision classification model), `mnist`,
+            `torchvision:googlenet:transform_input` for members made from torchvision's weights (and inception_v3),
             `transformers:sequence_classification` (any mode; `folder`/pretrained/config.json says the rest),
             `model.py` (a file in `folder` with one nn.Module class) or `model.py:ClassName`.
         num_classes: Width of the last layer of a torchvision model; its default (1000) when None. Other
@@ -64,19 +79,56 @@ def build_architecture(spec: str, num_classes: int | None = None, folder: Path |
 
     Raises:
         SettingsError: The spec is unknown, or the file doesn't hold what it should.
+
+    Note:
+        A class of one's own that draws or holds more than its state dict is built once more without leaving fills
+        out: a seed that it sets gives the same numbers only if everything is drawn. GoogLeNet and Inception come
+        without the auxiliary heads, which evaluation never computes.
     """
     build = _builder(spec, folder)
     options: dict[str, Any] = {}
     parameters = inspect.signature(build).parameters
     if num_classes is not None and (spec.startswith(TORCHVISION) or "num_classes" in parameters):
         options["num_classes"] = num_classes
-    try:
-        with SkipRandomFills():
-            model = build(**options)
-    except TypeError as error:
-        raise SettingsError(f"architecture '{spec}': can't be built without arguments ({error})") from None
+    skip = SkipRandomFills()
+    with skip:
+        model = _construct(spec, build, options)
+    if is_own_class(spec) and (skip.drew or _has_more_than_weights(model)):
+        model = _construct(spec, build, options)
     # Weights come from the members, and a forward must not track gradients through them.
     return model.eval().requires_grad_(False)
+
+
+def _construct(spec: str, build: Callable[..., nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise SettingsError(f"architecture '{spec}': can't be built without arguments ({error})") from None
+
+
+def _has_more_than_weights(model: nn.Module) -> bool:
+    """Whether tensors lie beside the state dict, which may follow from random parameters."""
+    return any(
+        module._non_persistent_buffers_set or any(isinstance(value, Tensor) for value in vars(module).values())
+        for module in model.modules()
+    )
+
+
+def build_plainly(spec: str, num_classes: int | None, folder: Path | None) -> nn.Module:
+    """As `build_architecture` for a class of one's own, everything drawn."""
+    build = _builder(spec, folder)
+    takes = "num_classes" in inspect.signature(build).parameters
+    return _construct(spec, build, {"num_classes": num_classes} if takes and num_classes is not None else {})
+
+
+def is_own_class(spec: str) -> bool:
+    """Whether a spec names a class in a file of the user's."""
+    return spec.partition(":")[0].endswith(".py")
+
+
+def torchvision_name(spec: str) -> str:
+    """`torchvision:inception_v3:transform_input` -> `inception_v3`."""
+    return spec.removeprefix(TORCHVISION).partition(":")[0]
 
 
 def infer_num_classes(spec: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -91,9 +143,24 @@ def infer_num_classes(spec: str, shapes: Mapping[str, tuple[int, ...]]) -> int |
     """
     if not spec.startswith(TORCHVISION):
         return None
-    with torch.device("meta"):
-        last = list(_builder(spec, None)().state_dict())[-1]
+    last = _last_key(spec)
     return shapes[last][0] if shapes.get(last) else None
+
+
+@functools.cache
+def _last_key(spec: str) -> str:
+    # Not on the meta device, where RegNet computes the widths of its stages.
+    return list(build_architecture(spec).state_dict())[-1]
+
+
+def current_key(spec: str, key: str) -> str | None:
+    """What torchvision calls a key of an older checkpoint today; None for an auxiliary head, which isn't built."""
+    if not spec.startswith(TORCHVISION):
+        return key
+    name = torchvision_name(spec)
+    if name in WITH_AUXILIARY_HEADS and key.startswith(AUXILIARY):
+        return None
+    return _OLD_DENSENET.sub(r"\1\2.", key) if name.startswith("densenet") else key
 
 
 def _builder(spec: str, folder: Path | None) -> Callable[..., nn.Module]:
@@ -114,18 +181,25 @@ def _builder(spec: str, folder: Path | None) -> Callable[..., nn.Module]:
 def _torchvision_builder(spec: str) -> Callable[..., nn.Module]:
     import torchvision  # here, since its import takes a second that MNIST or text members needn't pay
 
-    name = spec.removeprefix(TORCHVISION)
+    name, _, option = spec.removeprefix(TORCHVISION).partition(":")
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see torchvision.models.list_models()"
         raise SettingsError(f"architecture '{spec}': unknown to torchvision {torchvision.__version__}; {hint}")
+    if option and (option != TRANSFORM_INPUT or name not in WITH_AUXILIARY_HEADS):
+        raise SettingsError(
+            f"architecture '{spec}': expected nothing after '{name}'; ':{TRANSFORM_INPUT}' goes with "
+            f"{' and '.join(WITH_AUXILIARY_HEADS)} alone"
+        )
     make = torchvision.models.get_model_builder(name)
 
     def build(**options: Any) -> nn.Module:
-        # GoogLeNet and Inception would draw truncated normals in scipy, for minutes.
-        slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        return make(weights=None, **slow, **options)
+        fixed: dict[str, Any] = {}
+        if name in WITH_AUXILIARY_HEADS:
+            # They would draw truncated normals in scipy, for minutes.
+            fixed = {"init_weights": False, "aux_logits": False, TRANSFORM_INPUT: bool(option)}
+        return make(weights=None, **fixed, **options)
 
     return build
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,9 +60,15 @@ def read_config(folder: Path, where: str) -> Any:
         raise SettingsError(f"{where}/{CONFIG_FILE}: no such file; expected what save_pretrained writes")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # its checks raise errors of their own for values of a wrong type
         told = f"transformers {transformers.__version__}: {first_line(error)}"
         raise SettingsError(f"{where}/{CONFIG_FILE}: {told}") from None
+
+
+def model_class(config: Any, mode: str) -> Any:
+    """The class that transformers builds of a configuration in a mode; None where it has none."""
+    mapping = getattr(import_transformers(), MODES[mode][1])
+    return mapping.get(type(config), None)
 
 
 def build_transformers(mode: str, folder: Path | None) -> nn.Module:
@@ -77,7 +83,8 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
         embedding model has no pooler, since embeddings are made of the last layer's tokens.
 
     Raises:
-        SettingsError: The mode is unknown, the configuration is missing, or its architecture lacks the mode.
+        SettingsError: The mode is unknown, the configuration is missing, or its architecture lacks the mode or is an
+            encoder with a decoder.
     """
     if mode not in MODES:
         raise SettingsError(f"architecture 'transformers:{mode}': expected one of {', '.join(MODES)}")
@@ -88,14 +95,18 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
         )
     config = read_config(folder / PRETRAINED_FOLDER, PRETRAINED_FOLDER)
     transformers = import_transformers()
-    auto_name, mapping_name = MODES[mode]
-    mapping = getattr(transformers, mapping_name)
-    if type(config) not in mapping:
+    auto_name = MODES[mode][0]
+    kind = model_class(config, mode)
+    if getattr(config, "is_encoder_decoder", False):
+        raise SettingsError(
+            f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: model_type '{config.model_type}' is an encoder with a decoder, "
+            "which can't be served; expected an encoder, such as BERT, RoBERTa or DeBERTa"
+        )
+    if kind is None:
         raise SettingsError(
             f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: model_type '{config.model_type}' has no {auto_name}; "
             f"mode '{mode}' can't be served"
         )
-    kind = mapping[type(config)]
     # float32 whatever the configuration says: the settings' dtype is applied to the members.
     options: dict[str, Any] = {
         "attn_implementation": "sdpa" if kind._supports_sdpa else "eager",
@@ -103,4 +114,8 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
     }
     if mode == "embedding" and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False
-    return getattr(transformers, auto_name).from_config(config, **options)
+    try:
+        return cast(nn.Module, getattr(transformers, auto_name).from_config(config, **options))
+    except Exception as error:  # sizes that don't go together raise whatever building a layer raises
+        told = f"{type(config).__name__} can't be built ({first_line(error)})"
+        raise SettingsError(f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: {told}") from None

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from vmap_ensemble.errors import SettingsError
-from vmap_ensemble.models.architecture import SkipRandomFills, build_architecture, infer_num_classes
+from vmap_ensemble.models.architecture import SkipRandomFills, build_architecture, current_key, infer_num_classes
 from vmap_ensemble.models.mnist import MnistNet
 
 
@@ -118,3 +118,48 @@ def test_refusals(tmp_path: Path, spec: str, text: str, message: str) -> None:
     (tmp_path / "model.py").write_text(text)
     with pytest.raises(SettingsError, match=message):
         build_architecture(spec, None, tmp_path)
+
+
+REGNETS = [
+    name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith("regnet_y_400")
+]
+
+
+@pytest.mark.parametrize("name", [*REGNETS, "densenet121", "mnasnet0_5", "googlenet"])
+def test_classes_are_counted_for_networks_that_the_meta_device_refuses(name: str) -> None:
+    shapes = {
+        key: tuple(value.shape) for key, value in build_architecture(f"torchvision:{name}", 6).state_dict().items()
+    }
+    assert infer_num_classes(f"torchvision:{name}", shapes) == 6
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("option", ["", ":transform_input"])
+def test_without_auxiliary_heads_and_with_the_input_that_weights_want(name: str, option: str) -> None:
+    torch.manual_seed(0)
+    expected = torchvision.models.get_model(
+        name, num_classes=3, init_weights=False, transform_input=bool(option)
+    ).eval()
+    for parameter in expected.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    got = build_architecture(f"torchvision:{name}{option}", 3)
+    kept = {key: value for key, value in expected.state_dict().items() if current_key(f"torchvision:{name}", key)}
+    assert len(kept) < len(expected.state_dict())
+    got.load_state_dict(kept)
+    side = 96 if name == "inception_v3" else 64
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(got(images), expected(images))
+
+
+def test_the_published_keys_of_densenet() -> None:
+    key = "features.denseblock1.denselayer2.norm.1.weight"
+    assert current_key("torchvision:densenet121", key) == "features.denseblock1.denselayer2.norm1.weight"
+    for spec in ("torchvision:resnet18", "model.py"):
+        assert current_key(spec, key) == key
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18:transform_input", "torchvision:googlenet:aux"])
+def test_options_of_other_architectures_are_refused(spec: str) -> None:
+    with pytest.raises(SettingsError, match="expected nothing after"):
+        build_architecture(spec)

@@ -6,7 +6,7 @@ import base64
 
 import pytest
 
-from vmap_ensemble.errors import RequestError
+from vmap_ensemble.errors import ItemError
 from vmap_ensemble.serving.kserve import kserve_v2_items
 
 
@@ -15,7 +15,7 @@ def tensor(data, **keys):
 
 
 def refusal(*inputs):
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(ItemError) as caught:
         kserve_v2_items(inputs)
     assert len(caught.value.message) < 300
     return caught.value

@@ -12,6 +12,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
 from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.models.architecture import torchvision_name
 from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser
 from vmap_ensemble.tasks.images.task import ImageTask
 
@@ -27,7 +28,7 @@ class TorchvisionTask(ImageTask):
         try:
             if self.settings.transforms:
                 return get_weight(self.settings.transforms)
-            return get_model_weights(self.architecture.removeprefix("torchvision:")).DEFAULT
+            return get_model_weights(torchvision_name(self.architecture)).DEFAULT
         except ValueError as error:
             raise SettingsError(
                 "setup_config.json: transforms: expected the name of torchvision weights such as "

@@ -1,0 +1,67 @@
+"""Values of a block that make no sense are refused in one line, whatever they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archiver.blocks import make_request, read_blocks
+from archiver.resolve import LONGEST_NAME, resolve_members, unique_names
+from vmap_ensemble.errors import ArchiveError
+
+BLOCK = {"handler": "mnist_handler.py", "members": ["a.pt"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"handler": 5}, "handler: expected the name of a .py file, got 5"),
+        ({"handler": ["a.py"]}, r"handler: expected the name of a .py file, got \['a.py'\]"),
+        ({"handler": {}}, r"handler: expected the name of a .py file, got \{\}"),
+        ({"version": ["1.0"]}, r"version: expected digits"),
+        ({"version": "1/0"}, r"version: expected digits"),
+        ({"version": True}, r"version: expected digits"),
+        ({"allow_nan": "false"}, "allow_nan: expected true or false, got 'false'"),
+        ({"members": 5}, "members: expected paths"),
+        ({"members": [["a.pt"]]}, "members: expected paths"),
+        ({"labels": ["cat"]}, "labels: expected a path"),
+        ({"checkpoint_weights": 3}, "checkpoint_weights: expected a name, got 3"),
+        ({"checkpoint_weights": ""}, "checkpoint_weights: expected a name, got ''"),
+    ],
+)
+def test_bad_values(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchiveError, match=f"'ens': {message}"):
+        make_request("ens", {"ens": {**BLOCK, **changes}}, tmp_path)
+
+
+def test_versions_as_people_write_them(tmp_path: Path) -> None:
+    for value, text in (("1.0", "1.0"), (2, "2"), (1.5, "1.5"), ("2.0.1-rc1", "2.0.1-rc1")):
+        assert make_request("ens", {"ens": {**BLOCK, "version": value}}, tmp_path).version == text
+
+
+def test_names_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"archive name .*at most 200"):
+        make_request("a" * 300, {"a" * 300: BLOCK}, tmp_path)
+    with pytest.raises(ArchiveError, match=r"member name 'mmm.*300 characters, expected at most 200"):
+        resolve_members({"m" * 300: "a.pt"}, tmp_path)
+    with pytest.raises(ArchiveError, match="members: can't be looked for"):
+        resolve_members(["x" * 5000], tmp_path)
+    long = [Path("/".join([*["folder" * 30] * 3, end, "m.pt"])) for end in ("a", "b")]
+    assert all(len(name) <= LONGEST_NAME + 4 for name in unique_names(long))
+    assert len(set(unique_names(long))) == 2
+
+
+@pytest.mark.parametrize("members", [[], {}])
+def test_no_members(tmp_path: Path, members: Any) -> None:
+    with pytest.raises(ArchiveError, match="no members: expected at least one checkpoint"):
+        resolve_members(members, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"a": 3}', "\x00"])
+def test_files_that_are_no_blocks(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "setup_config.json"
+    path.write_text(text)
+    with pytest.raises(ArchiveError, match=r"setup_config.json: (expected|block 'a': expected)"):
+        read_blocks(path)
