@@ -16,7 +16,7 @@ from archiver.blocks import ArchiveRequest
 from vmap_ensemble.archive.settings import load_settings
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.errors import ArchiveError, LoadError
-from vmap_ensemble.execution.compiled.native_code import why_not, write_native_code
+from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code
 from vmap_ensemble.execution.compiled.packages import Package
 
 Step = Callable[[str], None]
@@ -66,11 +66,11 @@ def _load(handler: Any, stage: Path) -> tuple[EnsembleForward, Tensor]:
     handler.open(stage, load_settings(stage, handler.settings_class))
     forward = handler.load_forward()
     args = handler.collate(handler.sample_examples(2))
-    reason = why_not(forward, args)
-    if reason:
+    reasons = "; ".join(reasons_against(forward, args))
+    if reasons:
         raise ArchiveError(
             "--compile: expected a model in floating point that takes one tensor and gives one, as image classifiers "
-            f"do; {type(handler).__name__} serves another, which can't be compiled ahead of time ({reason})"
+            f"do; {type(handler).__name__} serves another, which can't be compiled ahead of time ({reasons})"
         )
     return forward, args[0]
 

@@ -10,9 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vmap_ensemble.core.forward import EnsembleForward
-from vmap_ensemble.execution.choice_cache import Candidate
-from vmap_ensemble.execution.int8.forward import QuantisedForward, quantise_forward
-from vmap_ensemble.execution.modes import Execution
+from vmap_ensemble.execution.int8.forward import quantise_forward
 from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
 from vmap_ensemble.tasks.images.batch_rows import allocate_rows, copy_rows, join_rows
 from vmap_ensemble.tasks.images.decoding import check_resize, check_shape, decode_image, read_item
@@ -52,13 +50,9 @@ class ImageEnsembleHandler(VmapEnsembleHandler):
             return quantise_forward(forward, self.precision, self.collate(self.sample_examples(1)))
 
     def choose_execution(self, config: dict[str, Any]) -> None:
-        """As for every handler; 8-bit members have one way to run, since float32 would give other answers."""
-        if isinstance(self.forward, QuantisedForward):
-            self.execution = Execution("int8", f"asked for: {self.forward.reason}", [Candidate("int8")], self.forward)
-            self.run = self.chunked(self.execution)
-        else:
-            super().choose_execution(config)
-        self.channels_last = getattr(self.execution.run, "channels_last", False)
+        """As for every handler; batches are laid out as what serves takes them."""
+        super().choose_execution(config)
+        self.channels_last = self.execution.channels_last
 
     def transform(self, image: Image.Image, row: Tensor) -> None:
         """Write an image as the model's input into `row`, (channels, height, width) float32 on the host."""
