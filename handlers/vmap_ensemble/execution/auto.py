@@ -169,7 +169,7 @@ class Auto:
     def _measure_in_turn(self) -> None:
         """Rounds over all candidates in turn, so that a busy spell of the machine hits all of them."""
         names = list(self.built)
-        if names == [LOOP]:  # there is nothing to compare it with
+        if names == [LOOP] and not self._measured():  # nothing was compared with it
             self.candidates[LOOP].latency_ms = [1e3 * seconds for seconds in self.loop_s]
             return
         for round_ in self.budget.rounds(MAX_ROUNDS, MIN_ROUNDS):

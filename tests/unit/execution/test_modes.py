@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from vmap_ensemble.archive.modes import MODULES
+from vmap_ensemble.archive.modes import AUTO_BUDGET_S, MODULES, mode_names
 from vmap_ensemble.archive.settings import Settings, parse_settings
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
@@ -143,6 +144,17 @@ def test_an_unknown_mode_is_refused():
         SettingsError, match=r"execution: expected one of auto, eager, .*, got 'eagre'; did you mean 'eager'\?$"
     ):
         build_execution("eagre", build_forward(), EXAMPLES)
+
+
+def test_a_setting_is_checked_against_the_same_names():
+    with pytest.raises(SettingsError, match=r"^here: execution: expected one of auto, .*; did you mean 'prepared'\?"):
+        parse_settings({"execution": "prepare"}, Settings, "here")
+    schema = TypeAdapter(Settings).json_schema()["properties"]["execution"]
+    assert schema["enum"] == mode_names() == ["auto", "eager", "prepared", "compiled", "cudagraph", "reference"]
+
+
+def test_there_is_one_budget():
+    assert Settings().execution_budget_s == ExecutionOptions().budget_s == AUTO_BUDGET_S
 
 
 def test_no_example_is_refused():
