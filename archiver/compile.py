@@ -13,9 +13,9 @@ from torch import Tensor
 
 from archiver.blocks import ArchiveRequest
 from archiver.staged import open_task
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import EnsembleForward, as_one_vmap
 from vmap_ensemble.errors import ArchiveError, LoadError
-from vmap_ensemble.execution.compiled.native_code import why_not, write_native_code
+from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code
 from vmap_ensemble.execution.compiled.packages import Package
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.task import Task
@@ -67,13 +67,13 @@ def _load(handler: type[Task], stage: Path) -> tuple[EnsembleForward, Tensor]:
     task = open_task(handler, stage)
     forward = task.make_forward(Phases())
     args = task.collate(task.sample_examples(2))
-    reason = why_not(forward, args)
-    if reason:
+    reasons = "; ".join(reasons_against(forward, args))
+    if reasons:
         raise ArchiveError(
             "--compile: expected a model in floating point that takes one tensor and gives one, as image classifiers "
-            f"do; {handler.__name__} serves another, which can't be compiled ahead of time ({reason})"
+            f"do; {handler.__name__} serves another, which can't be compiled ahead of time ({reasons})"
         )
-    return forward, args[0]
+    return as_one_vmap(forward), args[0]
 
 
 def _batch_size(request: ArchiveRequest) -> int:

@@ -16,6 +16,7 @@ from archiver.staged import open_task
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import load_settings
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
+from vmap_ensemble.core.forward import as_one_vmap
 from vmap_ensemble.errors import ArchiveError, ItemError, LoadError
 from vmap_ensemble.execution.int8.calibration import calibrate
 from vmap_ensemble.execution.int8.forward import quantise_forward
@@ -92,7 +93,7 @@ def judge_precision(handler: type[Task], request: ArchiveRequest, stage: Path, s
     task = open_task(handler, stage, **float32)
     batches = _read_batches(request.name, task, find_samples(request.name, request.samples))
     step("run float32")
-    reference = task.make_forward(Phases())
+    reference = as_one_vmap(task.make_forward(Phases()))
     with torch.inference_mode():
         expected = _predict(task, reference.loop, batches, request.name)
         ranges = calibrate(reference.model, reference.members, batches) if name == "int8" else {}

@@ -6,7 +6,6 @@ python -m benchmarks.bert_vmap --json bert.json
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +29,7 @@ from vmap_ensemble.core.members import StackedMembers, stack_members
 from vmap_ensemble.encoders.batching_rules import FastRules
 from vmap_ensemble.encoders.build import build_encoder_forward, linear_weights
 from vmap_ensemble.encoders.forward import EncoderForward, PackedEncoderForward
+from vmap_ensemble.encoders.prepared import PreparedEncoder
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.process.memory import keep_freed_memory
 
@@ -103,10 +103,10 @@ def build_rivals(
         return torch.stack([module(*inputs).last_hidden_state for module in modules])
 
     rules = FastRules(linear_weights(modules[0], members))
-    stock = EncoderForward(skeleton(), members, nullcontext)
-    ruled = EncoderForward(skeleton(), members, lambda: rules)
-    ours = PackedEncoderForward(skeleton(), members, lambda: rules)
-    prepared = ours.prepared((torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)))
+    stock = EncoderForward(skeleton(), members)
+    ruled = EncoderForward(skeleton(), members, rules)
+    ours = PackedEncoderForward(skeleton(), members, rules)
+    prepared = PreparedEncoder(ours, (torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)))
     rivals = [
         Rival("loop, padded to max_length", loop, full_width=True),
         Rival("loop, padded to longest", loop),
@@ -171,9 +171,10 @@ def compare_trunk(folder: Path, padded: Inputs, options: argparse.Namespace) -> 
         states[f"head{seed}"] = {**first.state_dict(), "classifier.weight": head}
     members = stack_members(states)
     forward = build_encoder_forward(AutoModelForSequenceClassification.from_config(config).eval(), members)
-    prepared = forward.prepared(inputs)
-    if prepared is None:
+    prepare = forward.preparation
+    if prepare is None:
         raise EnsembleError(f"{folder}: a single text of this architecture can't be prepared")
+    prepared = prepare(inputs)
     calls: dict[str, Callable[[], Tensor]] = {
         "one model": lambda: forward.member(0, *inputs).logits,
         f"{options.heads} models, one after another": lambda: forward.loop(*inputs).logits,

@@ -15,7 +15,7 @@ from benchmarks.measuring.measure import make_session
 from benchmarks.measuring.networks import Args, Network, parameter_bytes, stack_networks, to_tensor
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.build import build_execution
-from vmap_ensemble.execution.compiled.native_code import why_not, write_native_code
+from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code
 from vmap_ensemble.execution.compiled.packages import CompiledForward
 from vmap_ensemble.execution.modes import ExecutionOptions
 
@@ -138,9 +138,9 @@ class Rivals:
     def ours_ahead_of_time(self) -> Call:
         """Mode `compiled` on native code as `./archive.sh --compile` packs it, for batches of 1 and of 2 to B."""
         forward = self.network.join(self.network.build(), self.members)
-        reason = why_not(forward, self.args) or ("compiled on a CPU only" if self.args[0].is_cuda else None)
-        if reason:
-            raise EnsembleError(f"no native code: {reason}")
+        reasons = ["compiled on a CPU only"] if self.args[0].is_cuda else reasons_against(forward, self.args)
+        if reasons:
+            raise EnsembleError(f"no native code: {'; '.join(reasons)}")
         root = self.folder / "archive"
         root.mkdir(exist_ok=True)
         write_native_code(forward, self.args[0], len(self.args[0]), root)

@@ -24,7 +24,7 @@ from vmap_ensemble.archive.manifest import Manifest
 from vmap_ensemble.archive.precision import Precision, read_precision
 from vmap_ensemble.archive.settings import load_settings, override_settings, parse_settings, read_block
 from vmap_ensemble.archive.unpack import unpacked
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.core.members import Member, stack_members
 from vmap_ensemble.core.proof import Proof
 from vmap_ensemble.core.states import fit_to_architecture
@@ -32,7 +32,8 @@ from vmap_ensemble.description import Description
 from vmap_ensemble.errors import ItemError, UnfitItem, numbered
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
-from vmap_ensemble.execution.modes import Execution, ExecutionOptions, prove
+from vmap_ensemble.execution.modes import Execution, prove
+from vmap_ensemble.execution.register import ExecutionOptions
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.starting import (
@@ -74,7 +75,7 @@ class Ensemble:
 
     def __init__(
         self,
-        forward: EnsembleForward,
+        forward: Forward,
         execution: Execution,
         task: Task,
         precision: Precision | None = None,
@@ -89,7 +90,7 @@ class Ensemble:
         self.timed = timed or Phases()
         self.run: Callable[..., Any] = ChunkedRun(execution, len(self.names), forward.part)
         self.member_weights = read_weights(self.settings, self.names).to(task.place.device)
-        task.lay_out(getattr(execution.run, "channels_last", False))
+        task.lay_out(execution.channels_last)
 
     # --- making one ------------------------------------------------------------------------------------------
 

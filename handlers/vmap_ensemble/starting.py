@@ -12,12 +12,13 @@ from torch import Tensor
 
 from vmap_ensemble.archive.manifest import Manifest, check_code, read_manifest
 from vmap_ensemble.archive.settings import Settings
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.core.proof import Proof, find_row_dependence, prove_equal
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
-from vmap_ensemble.execution.modes import Execution, ExecutionOptions
+from vmap_ensemble.execution.modes import Execution
+from vmap_ensemble.execution.register import ExecutionOptions
 from vmap_ensemble.process.cache import CACHE
 from vmap_ensemble.process.device import choose_device, choose_dtype, set_float32_precision
 from vmap_ensemble.tasks.task import Place, Task
@@ -29,7 +30,7 @@ SAMPLE_BATCH = 2
 class ProvedAtFirst:
     """A forward that is proved on the first batch that it is called with."""
 
-    def __init__(self, forward: EnsembleForward) -> None:
+    def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.proof: Proof | None = None
 
@@ -49,7 +50,7 @@ def make_place(settings: Settings, folder: Path | None, threads: int, gpu_id: in
     return Place(folder, manifest, device, choose_dtype(settings.dtype, device), threads)
 
 
-def choose_execution(task: Task, forward: EnsembleForward, batch_sizes: Sequence[int]) -> Execution:
+def choose_execution(task: Task, forward: Forward, batch_sizes: Sequence[int]) -> Execution:
     """Decide how an archive's forward is run, by its settings; a choice that was measured is kept for the next start.
 
     Args:
@@ -75,7 +76,7 @@ def choose_execution(task: Task, forward: EnsembleForward, batch_sizes: Sequence
 
 
 @torch.inference_mode()
-def depends_on_neighbours(task: Task, forward: EnsembleForward) -> float | None:
+def depends_on_neighbours(task: Task, forward: Forward) -> float | None:
     """How far an example's answer depends on the others in its batch; None if it doesn't."""
     examples = task.sample_examples(SAMPLE_BATCH)
     rows = [task.collate([example]) for example in examples]

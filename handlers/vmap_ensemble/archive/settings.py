@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
+from vmap_ensemble.archive.modes import AUTO, AUTO_BUDGET_S, mode_names, reason_against_name
 from vmap_ensemble.errors import SettingsError
 
 SETTINGS_FILE = "setup_config.json"
@@ -23,6 +25,20 @@ WORKER_KEYS = ("threads", "device")
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _check_mode(name: str) -> str:
+    unknown = reason_against_name(name)
+    if unknown:
+        raise PydanticCustomError("execution_mode", "{unknown}", {"unknown": unknown})
+    return name
+
+
+def _list_modes(schema: dict[str, Any]) -> None:
+    schema["enum"] = mode_names()
+
+
+ExecutionMode = Annotated[str, AfterValidator(_check_mode)]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
@@ -71,14 +87,17 @@ class Settings:
     float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", description="torch.set_float32_matmul_precision; `high` admits TF32 on a GPU."
     )
-    execution: Literal["auto", "eager", "prepared", "compiled", "cudagraph", "reference"] = Field(
-        "auto",
+    execution: ExecutionMode = Field(
+        AUTO,
+        json_schema_extra=_list_modes,
         description="How the one forward is run: `auto` measures at load and keeps the fastest that gives the same "
         "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
         "`compiled`, by `./archive.sh --compile` or else at load; `cudagraph`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(
-        10.0, ge=0, description="Seconds that `auto` may measure at load; the choice is cached for the next start."
+        AUTO_BUDGET_S,
+        ge=0,
+        description="Seconds that `auto` may measure at load; the choice is cached for the next start.",
     )
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Largest relative difference to the members' own forwards at load; per dtype."

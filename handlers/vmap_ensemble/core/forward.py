@@ -1,5 +1,7 @@
 """Turns stacked members and one model skeleton into ONE vmapped forward, and the plain loop it must equal.
 
+`Forward` is what the rest of the project asks of any forward; `EnsembleForward` is the one below, and the default:
+
     y[m] = f(theta_m, x)  for every member m, in one call:
     vmap(f, in_dims=(0, None))(stacked theta, x)            -> every output tensor is (M, B, ...)
 
@@ -12,7 +14,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,66 @@ if TYPE_CHECKING:
     from vmap_ensemble.core.members import StackedMembers
 
 
-class EnsembleForward:
+class Forward(Protocol):
+    """The forward of M members on one batch: what running, proving and cutting it into chunks need of it.
+
+    Attributes:
+        members: Names, tensors and device of the members.
+        tolerance: Largest relative difference between ways to run it; None: that of the output's dtype (proof.py).
+        only_mode: The name of the one way to run it, where others would give other numbers or can't exist; None: any.
+        reason: One line on how it was made, where there is something to say.
+        channels_last: Whether it takes images fastest in this memory format.
+    """
+
+    members: StackedMembers
+    tolerance: float | None = None
+    only_mode: str | None = None
+    reason: str = ""
+    channels_last: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Run every member on the same arguments: tensors (B, ...) -> the output's structure, each (M, B, ...)."""
+
+    def member(self, index: int, *args: Any) -> Any:
+        """Run one member alone, plainly, as if there were no ensemble: outputs (B, ...)."""
+
+    def part(self, start: int, stop: int) -> Callable[..., Any]:
+        """A callable like this one for the members from `start` to `stop`, exclusive."""
+
+    def loop(self, *args: Any) -> Any:
+        """Run the members one after another: the reference that `__call__` must equal; (M, B, ...)."""
+        outputs = [self.member(index, *args) for index in range(len(self.members.names))]
+        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+
+    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
+        """The part of an output that must equal the members' own; here all of it.
+
+        Args:
+            outputs: Of `__call__` (batch_axis 1) or `member` (batch_axis 0).
+            args: What they were called with.
+            batch_axis: The axis of B in the outputs.
+        """
+        return outputs
+
+    @property
+    def one_vmap(self) -> EnsembleForward | None:
+        """This forward, where its model called on the arguments as they are is all that a member does; else None.
+
+        What is made of model and members alone (native code, a prepared graph, a loop over modules) is right then.
+        """
+        return None
+
+    @property
+    def preparation(self) -> Callable[[tuple[Any, ...]], Callable[..., Any]] | None:
+        """Makes a preparation of its own for the mode `prepared` from arguments like those that will be served."""
+        return None
+
+    def without_packed_weights(self) -> Forward:
+        """The same on plain weights: compilers refuse reordered matrices that aren't constants of their own."""
+        return self
+
+
+class EnsembleForward(Forward):
     """The forward of all members on one batch, as a single call of torch.func.vmap.
 
     Args:
@@ -43,9 +104,6 @@ class EnsembleForward:
         >>> y = forward(torch.rand(8, 1, 28, 28))
         >>> assert y.shape == (len(members.names), 8, 10)
     """
-
-    # Largest relative difference between the ways to run it; None: that of the output's dtype (proof.py).
-    tolerance: float | None = None
 
     def __init__(
         self,
@@ -109,28 +167,27 @@ class EnsembleForward:
         part._index = self._index[start:stop]
         return part
 
-    def prepared(self, example: tuple[Any, ...]) -> Callable[..., Any] | None:
-        """A preparation of its own for execution `prepared`, a callable like this one; here none.
+    @property
+    def one_vmap(self) -> EnsembleForward | None:
+        """This forward; see `Forward`. A subclass with a `member` of its own says None."""
+        return self
 
-        Args:
-            example: Arguments of the kind that will be served.
-        """
-        return None
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether vmap makes grouped convolutions of some of the model's layers."""
+        return any(isinstance(module, nn.modules.conv._ConvNd) for module in self.model.modules())
 
-    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
-        """The part of an output that must equal the members' own; here all of it.
 
-        Args:
-            outputs: Of `__call__` (batch_axis 1) or `member` (batch_axis 0).
-            args: What they were called with.
-            batch_axis: The axis of B in the outputs.
-        """
-        return outputs
+def as_one_vmap(forward: Forward) -> EnsembleForward:
+    """The forward as one of model and members alone, for what needs both.
 
-    def loop(self, *args: Any) -> Any:
-        """Run the members one after another: the reference that `__call__` must equal; (M, B, ...)."""
-        outputs = [self.member(index, *args) for index in range(len(self.members.names))]
-        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+    Raises:
+        LoadError: It is more than that.
+    """
+    plain = forward.one_vmap
+    if plain is None:
+        raise LoadError(f"expected one vmapped model, got {type(forward).__name__}, which does more than its model")
+    return plain
 
 
 def _float_dtype_of(members: StackedMembers) -> torch.dtype | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.errors import LoadError
 
 # Largest difference relative to the member's largest output. The order of summation differs between one
@@ -35,7 +35,7 @@ class Proof:
     not_finite: tuple[str, ...]
 
 
-def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], tolerance: float | None = None) -> Proof:
+def prove_equal(forward: Forward, run: Any, args: tuple[Any, ...], tolerance: float | None = None) -> Proof:
     """Compare `run(*args)` with every member's own plain forward.
 
     Args:
@@ -50,14 +50,14 @@ def prove_equal(forward: EnsembleForward, run: Any, args: tuple[Any, ...], toler
     return compare_outputs(forward, run(*args), own_outputs(forward, args), args, tolerance)
 
 
-def own_outputs(forward: EnsembleForward, args: tuple[Any, ...]) -> list[list[Any]]:
+def own_outputs(forward: Forward, args: tuple[Any, ...]) -> list[list[Any]]:
     """What each member's own plain forward gives: per member the leaves of its output, (B, ...) tensors."""
     members = range(len(forward.members.names))
     return [pytree.tree_leaves(forward.comparable(forward.member(index, *args), args, 0)) for index in members]
 
 
 def find_row_dependence(
-    forward: EnsembleForward, args: tuple[Any, ...], rows: Sequence[tuple[Any, ...]], tolerance: float | None = None
+    forward: Forward, args: tuple[Any, ...], rows: Sequence[tuple[Any, ...]], tolerance: float | None = None
 ) -> float | None:
     """How far the answer to an example depends on its neighbours in the batch; None if it doesn't.
 
@@ -91,14 +91,14 @@ def find_row_dependence(
     return worst or None
 
 
-def split_members(forward: EnsembleForward, outputs: Any, args: tuple[Any, ...]) -> list[list[Any]]:
+def split_members(forward: Forward, outputs: Any, args: tuple[Any, ...]) -> list[list[Any]]:
     """What `own_outputs` would give, from the loop's outputs (M, B, ...): nothing is computed again."""
     leaves = pytree.tree_leaves(forward.comparable(outputs, args, 1))
     return [[leaf[index] for leaf in leaves] for index in range(len(forward.members.names))]
 
 
 def compare_outputs(
-    forward: EnsembleForward,
+    forward: Forward,
     outputs: Any,
     own: list[list[Any]],
     args: tuple[Any, ...],

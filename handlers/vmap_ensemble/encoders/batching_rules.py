@@ -9,7 +9,6 @@ That costs about 7 us, a custom operator with torch.library.register_vmap about 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from vmap_ensemble.execution.cpu.onednn import can_prepack, prepack
+from vmap_ensemble.execution.timing import time_call
 
 # Up to this many rows, weights that oneDNN has reordered beforehand are faster on every CPU tried than one batched
 # product of the BLAS library (15 rows: 0.23 ms against 0.51 ms). Beyond it depends on the BLAS: `_find_row_limit`.
@@ -83,14 +83,9 @@ def _find_row_limit(entries: list[tuple[Tensor, list[Tensor]]]) -> float:
     weight = weight.reshape(-1, *weight.shape[-2:])
     rows = torch.ones(len(weight), MANY_ROWS, weight.shape[-1])
 
-    def time_s(function: Callable[[], Tensor]) -> float:
-        started = time.perf_counter()
-        function()
-        return time.perf_counter() - started
-
     with torch.inference_mode():
         rivals = (lambda: _multiply_packed(rows, matrices, [None] * len(rows)), lambda: torch.bmm(rows, weight.mT))
-        spans = [[time_s(rival) for rival in rivals] for _ in range(4)]
+        spans = [[time_call(rival, ())[1] for rival in rivals] for _ in range(4)]
     packed_s, plain_s = (min(column) for column in zip(*spans, strict=True))
     return float("inf") if packed_s < plain_s else FEW_ROWS
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.batching_rules import FastRules
 from vmap_ensemble.encoders.forward import POSITIONS, EncoderForward, PackedEncoderForward
+from vmap_ensemble.encoders.prepared import PreparedEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,10 @@ def build_encoder_forward(model: PreTrainedModel, members: StackedMembers) -> En
     """
     rules = FastRules(linear_weights(model, members))
     if model.config.model_type in POSITIONS:
-        return PackedEncoderForward(model, members, lambda: rules)
+        return PackedEncoderForward(model, members, rules, prepare=PreparedEncoder)
     name = model.config.model_type
     logger.warning("padding of '%s' can't be removed: it is padded to the longest text", name)
-    return EncoderForward(model, members, lambda: rules)
+    return EncoderForward(model, members, rules)
 
 
 def linear_weights(model: nn.Module, members: StackedMembers) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,9 +69,35 @@ class EncoderForward(EnsembleForward):
 
     Arguments of a call: input_ids (B, S), attention_mask (B, S), token_type_ids (B, S) or None. Outputs as the
     model's own, each tensor (M, B, ...); those per token may be shorter than S. `loop` is the plain loop over S.
+
+    Args:
+        model: An encoder with any head, in eval mode.
+        members: Its stacked members.
+        rules: Batching rules that the model's code runs under; by default vmap's own.
     """
 
     model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, members: StackedMembers, rules: FastRules | None = None) -> None:
+        super().__init__(model, members)
+        self._use_rules(rules)
+
+    def _use_rules(self, rules: FastRules | None) -> None:
+        self.fast_rules = rules
+        self.rules = nullcontext if rules is None else lambda: rules
+
+    @property
+    def one_vmap(self) -> None:
+        """None: arguments are cut, or packed, and get names."""
+        return None
+
+    def without_packed_weights(self) -> EncoderForward:
+        """The same under rules that keep no reordered matrices."""
+        if self.fast_rules is None:
+            return self
+        plain = copy.copy(self)
+        plain._use_rules(FastRules())
+        return plain
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts in one vmapped call; see the class."""
@@ -116,7 +144,8 @@ class PackedEncoderForward(EncoderForward):
     Args:
         model: An encoder with any head, in eval mode; its attention implementation is replaced.
         members: Its stacked members.
-        rules: As for `EnsembleForward`.
+        rules: As for `EncoderForward`; by default rules without packed weights.
+        prepare: This forward and an example of its arguments -> its preparation for the mode `prepared`.
 
     Raises:
         LoadError: The architecture isn't one of `POSITIONS`, or its base model has no encoder.
@@ -126,12 +155,14 @@ class PackedEncoderForward(EncoderForward):
         self,
         model: PreTrainedModel,
         members: StackedMembers,
-        rules: Callable[[], AbstractContextManager[Any]] = FastRules,
+        rules: FastRules | None = None,
+        prepare: Callable[[PackedEncoderForward, tuple[Any, ...]], Callable[..., Any]] | None = None,
     ) -> None:
-        super().__init__(model, members, rules)
+        super().__init__(model, members, FastRules() if rules is None else rules)
         kind = model.config.model_type
         if kind not in POSITIONS:
             raise LoadError(f"padding of '{kind}' can't be removed; expected one of {', '.join(POSITIONS)}")
+        self._prepare = prepare
         self._count_positions = POSITIONS[kind]
         self._padding_id = int(model.config.pad_token_id or 0)
         self._encoder = find_encoder(model)
@@ -163,8 +194,7 @@ class PackedEncoderForward(EncoderForward):
 
     def packed_weights(self, weight: Tensor) -> list[Tensor]:
         """Matrices of (M, out, in) or (out, in) weights in oneDNN's order; the rules' own where they have them."""
-        rules = self.rules()
-        kept = rules.prepacked(weight, 1, needs_grad=False) if isinstance(rules, FastRules) else None
+        kept = None if self.fast_rules is None else self.fast_rules.prepacked(weight, 1, needs_grad=False)
         return prepack(weight) if kept is None else kept
 
     def run_state(
@@ -180,11 +210,10 @@ class PackedEncoderForward(EncoderForward):
             return outputs
         return pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
 
-    def prepared(self, example: tuple[Any, ...]) -> Callable[..., Any]:
-        """This forward as a flat graph on packed weights."""
-        from vmap_ensemble.encoders.prepared import PreparedEncoder
-
-        return PreparedEncoder(self, example)
+    @property
+    def preparation(self) -> Callable[[tuple[Any, ...]], Callable[..., Any]] | None:
+        """What was given as `prepare`, for this forward."""
+        return None if self._prepare is None else partial(self._prepare, self)
 
     @contextmanager
     def _unpacking(self, packing: Packing) -> Iterator[None]:

@@ -7,7 +7,6 @@ as one custom operator whose vmap rule runs the members, on a core each where th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from vmap_ensemble.execution.cpu.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.execution.cpu.schedule import Schedule
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel, drop_unused_slots, slot_name
 from vmap_ensemble.execution.graph.steps import MIN_LINEAR_WEIGHTS
-from vmap_ensemble.execution.timing import time_block
+from vmap_ensemble.execution.timing import Budget, time_block
 
 if TYPE_CHECKING:
     from vmap_ensemble.encoders.forward import PackedEncoderForward
@@ -101,10 +100,7 @@ class PreparedEncoder:
         length = min(FEW_TOKENS, self.forward.longest)
         inputs = self._draw([length] * (tokens // length))
         spans_s: dict[int, list[float]] = {candidate: [] for candidate in candidates}
-        deadline_s = time.perf_counter() + _BUDGET_S
-        for round_ in range(_ROUNDS if len(candidates) > 1 else 0):
-            if round_ and time.perf_counter() > deadline_s:
-                break
+        for _ in Budget(_BUDGET_S).rounds(_ROUNDS if len(candidates) > 1 else 0, least=1):
             for candidate, own in spans_s.items():
                 self.at_a_time[tokens] = candidate
                 own.append(time_block(self, inputs, about_s=own[-1] if own else 0.0))

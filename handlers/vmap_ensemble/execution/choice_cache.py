@@ -6,14 +6,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from vmap_ensemble.execution.cpu.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ logger = logging.getLogger(__name__)
 # for it at every start.
 MOST_MEASUREMENTS = 2
 # Of measuring: choices of an older method are measured anew.
-METHOD = 2
+METHOD = 3
 
 
 @dataclass
@@ -44,12 +42,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen and why, and in which order `prepared` then computes the members."""
+    """What was chosen and why, and what building it measured (`Built.schedule`)."""
 
     name: str
     reason: str
     candidates: list[Candidate]
-    schedule: Schedule | None = None
+    schedule: Mapping[str, Any] | None = None
 
 
 class ChoiceCache:
@@ -60,7 +58,8 @@ class ChoiceCache:
         archive: What the choice is for: a hash of the members.
         examples: Argument tuples of the sizes that are served.
         device: Where the members are.
-        kernels: The library of our own that a candidate runs on, if one does: another may be faster.
+        modes: Names of the candidates.
+        kernels: Libraries of our own that they run on: others may be faster.
     """
 
     def __init__(
@@ -69,7 +68,8 @@ class ChoiceCache:
         archive: str,
         examples: Sequence[tuple[Any, ...]],
         device: torch.device,
-        kernels: str | None,
+        modes: Sequence[str],
+        kernels: Sequence[str],
     ) -> None:
         self.key = {
             "method": METHOD,
@@ -77,7 +77,8 @@ class ChoiceCache:
             "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),
             "torch": torch.__version__,
-            "kernels": kernels,
+            "modes": sorted(modes),
+            "kernels": list(kernels),
             "threads": torch.get_num_threads(),
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
@@ -95,7 +96,7 @@ class ChoiceCache:
                 logger.info("the machine was busy when the stored choice was measured: measuring once more")
                 return None
             candidates = [Candidate(**row) for row in stored["candidates"]]
-            schedule = Schedule(**stored["schedule"]) if stored["schedule"] else None
+            schedule = None if stored["schedule"] is None else dict(stored["schedule"])
             return Choice(str(stored["name"]), str(stored["reason"]), candidates, schedule)
         except FileNotFoundError:
             return None

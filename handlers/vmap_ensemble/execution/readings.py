@@ -37,6 +37,10 @@ class Readings:
         for args, seconds, row in zip(examples, about_s, rows, strict=True):
             row.append(time_block(run, args, seconds))
 
+    def drop(self, name: str) -> None:
+        """Forget a candidate that can't serve after all."""
+        self.seconds.pop(name, None)
+
     def median_s(self, name: str) -> list[float]:
         """A candidate's median reading on each example."""
         return [statistics.median(row) for row in self.seconds[name]]

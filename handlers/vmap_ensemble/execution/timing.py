@@ -1,10 +1,13 @@
-"""Turns a callable and its arguments into the seconds that a call takes, as a server makes them."""
+"""Turns a callable and its arguments into the seconds that a call takes, as a server makes them.
+
+Whatever is measured at load is measured by these functions: candidates of `auto`, orders of members, rows for BLAS.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,31 @@ BLOCK_S = 0.02  # of counted calls in a block, at least one
 MOST_CALLS = 50
 # From here on a call outweighs what ran before it: a block is one call, and none is thrown away.
 LONG_S = 0.1
+# So many times the time of what it would replace ends the measuring of a candidate: it won't serve.
+HOPELESS = 1.5
+
+
+class Budget:
+    """Seconds that measuring may take, from now on.
+
+    Args:
+        seconds: How many.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._started = seconds, time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        """What is left; below 0 once it's overdrawn."""
+        return self.seconds - (time.monotonic() - self._started)
+
+    def rounds(self, most: int, least: int) -> Iterator[int]:
+        """Numbers of rounds of readings: `least` in any case, up to `most` while something is left."""
+        for round_ in range(most):
+            if round_ >= least and self.left_s <= 0:
+                return
+            yield round_
 
 
 def time_call(run: Run, args: Args) -> tuple[Any, float]:

@@ -21,7 +21,7 @@ from vmap_ensemble.archive.labels import read_labels
 from vmap_ensemble.archive.manifest import Manifest, load_members
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.aggregate import combine_classes
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.core.states import check_architecture
 from vmap_ensemble.errors import ItemError, NotOffered, SettingsError, UnknownKind
@@ -237,7 +237,7 @@ class Task:
 
     # --- the forward -----------------------------------------------------------------------------------------
 
-    def make_forward(self, timed: Phases) -> EnsembleForward:
+    def make_forward(self, timed: Phases) -> Forward:
         """Build the architecture, stack the archive's members, and join both."""
         with timed(phases.BUILD):
             model = self.build_model()
@@ -252,7 +252,7 @@ class Task:
         """The vmapped forward of the members in this architecture."""
         return EnsembleForward(model, members)
 
-    def only_execution(self, forward: EnsembleForward) -> Execution | None:
+    def only_execution(self, forward: Forward) -> Execution | None:
         """The one way to run the forward, where there is only one; None: the settings and measurements decide."""
         return None
 

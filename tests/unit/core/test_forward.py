@@ -7,8 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.core.members import stack_members
+from vmap_ensemble.core.proof import prove_equal
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.models.mnist import MnistNet
 
@@ -99,3 +100,35 @@ def test_missing_parameter_is_named():
     state.pop("fc2.bias")
     with pytest.raises(LoadError, match=r"no member holds 'fc2\.bias'"):
         EnsembleForward(MnistNet().eval(), stack_members({"a": state}))
+
+
+class Doubled(Forward):
+    """The least that a forward must say: its members, a member, and all of them."""
+
+    def __init__(self, members):
+        self.members = members
+
+    def member(self, index, x):
+        return x * self.members.stacked["scale"][index]
+
+    def __call__(self, x):
+        return x * self.members.stacked["scale"][:, None, None]
+
+
+def test_a_forward_of_ones_own_needs_a_member_and_a_call():
+    members = stack_members({"a": {"scale": torch.tensor(2.0)}, "b": {"scale": torch.tensor(3.0)}})
+    forward, x = Doubled(members), torch.randn(4, 5)
+    assert torch.equal(forward.loop(x), torch.stack([2 * x, 3 * x]))
+    assert prove_equal(forward, forward, (x,)).largest_difference == 0.0
+    assert (forward.one_vmap, forward.preparation, forward.only_mode) == (None, None, None)
+    assert forward.without_packed_weights() is forward
+
+
+@pytest.mark.parametrize(
+    ("model", "convolves"),
+    [(MnistNet(), True), (nn.Sequential(nn.ConvTranspose1d(1, 1, 1)), True), (nn.Linear(1, 1), False)],
+)
+def test_convolutions_are_found(model, convolves):
+    forward = EnsembleForward(model.eval(), stack_members({"a": model.state_dict()}))
+    assert forward.has_convolutions is convolves
+    assert forward.one_vmap is forward

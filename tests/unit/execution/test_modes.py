@@ -1,25 +1,28 @@
-"""Every mode gives the loop's values, or says why it can't be had; `auto` is never slower than the loop."""
+"""Every mode gives the loop's values, or says why it can't be had; a file from elsewhere adds another."""
 
-import json
-import logging
+import importlib
 import shutil
+import sys
 import threading
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from vmap_ensemble.archive.modes import AUTO_BUDGET_S, MODULES, mode_names
+from vmap_ensemble.archive.settings import Settings, parse_settings
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.build import build_encoder_forward
 from vmap_ensemble.errors import LoadError, SettingsError
-from vmap_ensemble.execution import auto, readings, timing
-from vmap_ensemble.execution import modes as execution
+from vmap_ensemble.execution import register
 from vmap_ensemble.execution.build import build_execution
+from vmap_ensemble.execution.compiled import mode as compiled_mode
 from vmap_ensemble.execution.compiled.packages import CompiledForward
-from vmap_ensemble.execution.cpu.schedule import Schedule
 from vmap_ensemble.execution.modes import ExecutionOptions
+from vmap_ensemble.execution.register import find_mode
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -78,8 +81,9 @@ def test_compiled_is_compile_of_vmap_where_that_makes_no_grouped_convolutions(mo
 def test_compiled_on_a_gpu_is_compile_of_vmap(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    monkeypatch.setattr(execution, "device_of", lambda forward: torch.device("cuda"))
-    build_execution("compiled", build_forward(), EXAMPLES)
+    forward = build_forward()
+    monkeypatch.setattr(StackedMembers, "device", torch.device("cuda"))
+    build_execution("compiled", forward, EXAMPLES)
     assert len(compiled) == 1
 
 
@@ -130,230 +134,27 @@ def fail_to_compile(*args):
 
 
 def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr(execution, "compile_here", fail_to_compile)
+    monkeypatch.setattr(compiled_mode, "compile_here", fail_to_compile)
     with pytest.raises(LoadError, match=r"execution 'compiled' can't be had: RuntimeError: no C\+\+ compiler$"):
         build_execution("compiled", build_forward(), EXAMPLES)
 
 
-def test_compiling_that_fails_under_auto_is_listed_and_logged(monkeypatch, caplog):
-    monkeypatch.setattr(execution, "compile_here", fail_to_compile)
-    monkeypatch.setattr(auto, "COMPILE_NEEDS_S", 0.0)
-    with caplog.at_level(logging.INFO):
-        run = build_execution("auto", build_forward(), EXAMPLES, ExecutionOptions(budget_s=5.0))
-    refused = {candidate.name: candidate.refused for candidate in run.candidates if candidate.refused}
-    assert refused == {"compiled": "execution 'compiled' can't be had: RuntimeError: no C++ compiler"}
-    assert "execution 'compiled' is not a candidate" in caplog.text
-
-
-def test_auto_starts_no_compilation_it_has_no_time_for(monkeypatch):
-    monkeypatch.setattr(execution, "compile_here", fail_to_compile)
-    run = build_execution("auto", build_forward(), EXAMPLES, ExecutionOptions(budget_s=20.0))
-    (compiled,) = [candidate for candidate in run.candidates if candidate.name == "compiled"]
-    assert compiled.refused.startswith("needs 60 s of the budget, ")
-
-
-class Named:
-    """A run that knows its mode, so that the clock below can tell it from others."""
-
-    def __init__(self, name, run):
-        self.name, self.run = name, run
-
-    def __call__(self, *args):
-        return self.run(*args)
-
-
-def replace_clock(monkeypatch, timed):
-    monkeypatch.setattr(auto, "time_call", timed)
-    monkeypatch.setattr(timing, "time_call", timed)
-    monkeypatch.setattr(timing, "PAUSE_S", 0.0)
-
-
-def fix_times(monkeypatch, times_s):
-    """Replace the clock, whose readings a busy machine spoils: mode -> seconds, or batch size -> seconds."""
-    real = execution.build_mode
-
-    def timed(run, args):
-        found = times_s.get(getattr(run, "name", None), 0.001)
-        return run(*args), found[args[0].shape[0]] if isinstance(found, dict) else found
-
-    monkeypatch.setattr(execution, "build_mode", lambda name, *rest: Named(name, real(name, *rest)))
-    replace_clock(monkeypatch, timed)
-
-
-def slow_down(monkeypatch, names):
-    """Make the named modes slow, so that the measured choice is known."""
-    fix_times(monkeypatch, dict.fromkeys(names, 0.02))
-
-
-@pytest.mark.parametrize("fastest", ["reference", "eager", "prepared"])
-def test_auto_keeps_the_fastest(monkeypatch, fastest):
-    fix_times(monkeypatch, dict.fromkeys({"reference", "eager", "prepared"} - {fastest}, 0.0014))
-    run = build_execution("auto", build_forward(), EXAMPLES, SHORT)
-    assert run.name == fastest
-    rows = {candidate.name: candidate for candidate in run.candidates}
-    measured = [name for name, row in rows.items() if row.latency_ms]
-    assert measured == ["reference", "prepared", "eager"]
-    assert all(len(rows[name].latency_ms) == 2 for name in measured)
-    assert min(measured, key=lambda name: sum(rows[name].latency_ms)) == fastest
-    assert ("than the loop" if fastest == "reference" else "the speed of the loop") in run.reason
-
-
-def test_auto_keeps_the_loop_if_the_other_is_slower_on_one_example(monkeypatch):
-    fix_times(monkeypatch, {"reference": 0.04, "eager": {1: 0.001, 3: 0.05}, "prepared": 0.05})
-    assert build_execution("auto", build_forward(), EXAMPLES, SHORT).name == "reference"
-
-
-def test_a_hopeless_candidate_is_left_after_its_first_example(monkeypatch):
-    calls = []
-    fix_times(monkeypatch, {"reference": 0.01, "eager": 0.016, "prepared": 0.009})
-    forward = build_forward()
-    monkeypatch.setattr(EnsembleForward, "__call__", lambda self, x: calls.append(len(x)) or self.loop(x))
-    run = build_execution("auto", forward, EXAMPLES, SHORT)
-    eager = {candidate.name: candidate for candidate in run.candidates}["eager"]
-    assert (run.name, set(calls)) == ("prepared", {1})
-    assert (eager.latency_ms, eager.refused) == ([pytest.approx(16.0)], None)
-
-
-def test_a_candidate_that_runs_out_of_memory_is_refused(monkeypatch):
-    def out_of_memory(self, x):
-        raise torch.OutOfMemoryError("tried to allocate 9 TiB")
-
-    monkeypatch.setattr(EnsembleForward, "__call__", out_of_memory)
-    run = build_execution("auto", build_forward(), EXAMPLES, SHORT)
-    assert run.name in ("reference", "prepared")
-    assert {c.name: c.refused for c in run.candidates}["eager"].startswith("ran out of memory on a batch")
-
-
-def test_what_serves_is_proved_on_the_sample():
-    sample = (torch.randn(2, 1, 8, 8),)
-    for mode in ("auto", "eager"):
-        sizes = []
-        forward = build_forward()
-        member = forward.member
-        forward.member = lambda index, x, member=member, sizes=sizes: sizes.append(len(x)) or member(index, x)
-        run = build_execution(mode, forward, EXAMPLES, ExecutionOptions(budget_s=5.0, sample=sample))
-        assert sizes[-2:] == [2, 2]
-        assert run.proof.largest_difference < 1e-5
-        assert run.proof_s > 0
-
-
-def test_auto_refuses_a_candidate_with_other_values(monkeypatch):
-    real = execution.build_mode
-    monkeypatch.setattr(
-        execution,
-        "build_mode",
-        lambda name, *rest: (lambda *args: real(name, *rest)(*args) * 1.01) if name == "eager" else real(name, *rest),
-    )
-    slow_down(monkeypatch, {"reference", "prepared"})  # else it would be the fastest
-    run = build_execution("auto", build_forward(), EXAMPLES, SHORT)
-    rows = {candidate.name: candidate for candidate in run.candidates}
-    assert run.name != "eager"
-    assert "differs from the member's own by" in rows["eager"].refused
-
-
-def test_the_choice_is_read_from_the_cache(monkeypatch, tmp_path):
-    slow_down(monkeypatch, {"reference", "eager"})
-    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path / "choices", archive_sha="abc")
-    forward = build_forward()
-    first = build_execution("auto", forward, EXAMPLES, options)
-    (path,) = (tmp_path / "choices").iterdir()
-    assert json.loads(path.read_text())["name"] == first.name == "prepared"
-
-    monkeypatch.setattr(auto.Auto, "_measure_loop", lambda self: pytest.fail("measured again"))
-    again = build_execution("auto", forward, EXAMPLES, options)
-    assert again.name == "prepared"
-    assert again.reason == f"{first.reason} (measured at an earlier start)"
-    assert again.candidates == first.candidates
-    torch.testing.assert_close(again(*EXAMPLES[0]), forward.loop(*EXAMPLES[0]), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("convolves", [True, False])
-def test_kernels_are_looked_for_where_they_can_serve(monkeypatch, tmp_path, convolves):
-    asked = []
-    monkeypatch.setattr(auto, "library_name", lambda: asked.append(1))
-    monkeypatch.setattr(auto, "has_convolutions", lambda model: convolves)
-    options = ExecutionOptions(budget_s=0.0, cache_dir=tmp_path)
-    build_execution("auto", build_forward(), EXAMPLES[:1], options)
-    assert len(asked) == convolves
-
-
-def test_a_choice_of_a_busy_machine_is_measured_once_more_and_then_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(readings.Readings, "is_settled", lambda self, names: False)
-    options = ExecutionOptions(budget_s=0.0, cache_dir=tmp_path)
-    reasons = [build_execution("auto", build_forward(), EXAMPLES[:1], options).reason for _ in range(3)]
-    assert ["earlier start" in reason for reason in reasons] == [False, False, True]
-
-
-def test_the_schedule_of_a_cached_choice_is_not_measured_again(monkeypatch, tmp_path):
-    slow_down(monkeypatch, {"reference", "eager"})
-    chosen = Schedule(joint=True, at_a_time=1)
-    monkeypatch.setattr(Named, "schedule", chosen, raising=False)
-    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
-    build_execution("auto", build_forward(), EXAMPLES, options)
-    asked, real = [], execution.build_prepared
-
-    def build(model, members, examples, schedule):
-        asked.append(schedule)
-        return real(model, members, examples, schedule=Schedule(joint=False, at_a_time=1))
-
-    monkeypatch.setattr(execution, "build_prepared", build)
-    assert build_execution("auto", build_forward(), EXAMPLES, options).name == "prepared"
-    assert asked == [chosen]
-
-
-@pytest.mark.parametrize("change", ["archive", "examples", "threads"])
-def test_a_choice_for_something_else_is_not_used(tmp_path, change):
-    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path, archive_sha="abc")
-    build_execution("auto", build_forward(), EXAMPLES, options)
-    examples = EXAMPLES[:1] if change == "examples" else EXAMPLES
-    if change == "archive":
-        options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path, archive_sha="other")
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + (change == "threads"))
-    try:
-        again = build_execution("auto", build_forward(), examples, options)
-    finally:
-        torch.set_num_threads(before)
-    assert "earlier start" not in again.reason
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_broken_cache_is_logged_and_measured_anew(tmp_path, caplog):
-    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
-    build_execution("auto", build_forward(), EXAMPLES, options)
-    (path,) = tmp_path.iterdir()
-    path.write_text('{"key":')
-    again = build_execution("auto", build_forward(), EXAMPLES, options)
-    assert "can't be read, measuring again" in caplog.text
-    assert "earlier start" not in again.reason
-    assert json.loads(path.read_text())["name"] == again.name
-
-
-def test_a_cached_choice_that_no_longer_works_is_measured_anew(monkeypatch, tmp_path):
-    slow_down(monkeypatch, {"reference", "eager"})
-    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
-    assert build_execution("auto", build_forward(), EXAMPLES, options).name == "prepared"
-
-    def refuse(*args, **kwargs):
-        raise LoadError("not today")
-
-    monkeypatch.setattr(execution, "build_prepared", refuse)
-    again = build_execution("auto", build_forward(), EXAMPLES, options)
-    assert again.name in ("reference", "eager")
-    assert [candidate.refused for candidate in again.candidates if candidate.name == "prepared"] == ["not today"]
-
-
-def test_an_unwritable_cache_folder_is_logged(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path / "file")
-    run = build_execution("auto", build_forward(), EXAMPLES, options)
-    assert run.name in execution.MODES
-    assert "can't be stored" in caplog.text
-
-
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(SettingsError, match=r"execution: expected one of reference, eager, .*, got 'fast'"):
-        build_execution("fast", build_forward(), EXAMPLES)
+    with pytest.raises(
+        SettingsError, match=r"execution: expected one of auto, eager, .*, got 'eagre'; did you mean 'eager'\?$"
+    ):
+        build_execution("eagre", build_forward(), EXAMPLES)
+
+
+def test_a_setting_is_checked_against_the_same_names():
+    with pytest.raises(SettingsError, match=r"^here: execution: expected one of auto, .*; did you mean 'prepared'\?"):
+        parse_settings({"execution": "prepare"}, Settings, "here")
+    schema = TypeAdapter(Settings).json_schema()["properties"]["execution"]
+    assert schema["enum"] == mode_names() == ["auto", "eager", "prepared", "compiled", "cudagraph", "reference"]
+
+
+def test_there_is_one_budget():
+    assert Settings().execution_budget_s == ExecutionOptions().budget_s == AUTO_BUDGET_S
 
 
 def test_no_example_is_refused():
@@ -370,3 +171,93 @@ def test_prepared_without_convolutions_is_refused_if_asked_for():
 def test_cudagraph_is_refused_on_a_cpu():
     with pytest.raises(LoadError, match="execution 'cudagraph': expected the members on a CUDA device, got cpu"):
         build_execution("cudagraph", build_forward(), EXAMPLES)
+
+
+def test_what_fails_at_its_first_call_is_an_error_that_names_the_mode():
+    class Branching(Net):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 and self.fc.bias.sum() > 0 else -x)
+
+    with pytest.raises(
+        LoadError, match=r"^execution 'eager' fails on the sample that would prove it: RuntimeError: vmap"
+    ):
+        build_execution("eager", build_forward(2, Branching), EXAMPLES)
+
+
+def test_the_description_has_what_serves_why_and_the_proof():
+    described = build_execution("prepared", build_forward(), EXAMPLES).describe()
+    (candidate,) = described["candidates"]
+    assert (described["serves"], described["reason"]) == ("prepared", "asked for")
+    assert described["proof"]["largest_difference"] == candidate["difference"] < 1e-5
+    assert candidate["refused"] is None
+
+
+class One(EnsembleForward):
+    only_mode, reason, channels_last = "one", "that is how it is", True
+
+
+@pytest.mark.parametrize("mode", ["auto", "eager"])
+def test_a_forward_of_one_mode_runs_in_it(mode):
+    forward = build_forward()
+    only = One(Net().eval(), forward.members)
+    run = build_execution(mode, only, EXAMPLES)
+    assert (run.run, run.name, run.reason) == (only, "one", "asked for: that is how it is")
+    assert run.channels_last
+    assert run.proof.largest_difference < 1e-5
+
+
+def test_a_forward_of_more_than_one_vmap_without_a_preparation_is_not_prepared():
+    class More(EnsembleForward):
+        one_vmap = None
+
+    forward = More(Net().eval(), build_forward().members)
+    with pytest.raises(LoadError, match="execution 'prepared': More is more than one call of vmap, and brings no"):
+        build_execution("prepared", forward, EXAMPLES)
+    assert build_execution("reference", forward, EXAMPLES).run == forward.loop
+
+
+OWN = """
+from vmap_ensemble.execution.register import Built, mode
+
+@mode("halves", what="two halves of the members", place=9)
+def build(forward, examples, options):
+    import torch
+    half = len(forward.members.names) // 2
+    parts = forward.part(0, half), forward.part(half, len(forward.members.names))
+    return Built(lambda x: torch.cat([part(x) for part in parts]))
+"""
+
+
+@pytest.fixture
+def own_mode(tmp_path, monkeypatch):
+    """A file from outside of the package, the one thing that a further mode needs."""
+    (tmp_path / "halves_mode.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("halves_mode")
+    yield "halves"
+    for names in (MODULES, register._MODES):
+        del names["halves"]
+    del sys.modules["halves_mode"]
+
+
+def test_a_file_from_elsewhere_adds_a_mode(own_mode):
+    forward = build_forward(4)
+    run = build_execution(own_mode, forward, EXAMPLES)
+    torch.testing.assert_close(run(*EXAMPLES[1]), forward.loop(*EXAMPLES[1]), rtol=1e-5, atol=1e-6)
+    assert parse_settings({"execution": own_mode}, Settings, "here").execution == own_mode
+    assert own_mode in [row.name for row in build_execution("auto", forward, EXAMPLES, SHORT).candidates]
+    with pytest.raises(SettingsError, match=r"expected one of auto, .*, halves, got 'thirds'"):
+        build_execution("thirds", forward, EXAMPLES)
+
+
+def test_a_name_is_registered_once(own_mode):
+    with pytest.raises(SettingsError, match=r"^execution 'halves' in .*: expected a new name, halves_mode has it$"):
+        register.mode(own_mode, what="another")(lambda *_: None)
+
+
+def test_a_file_that_registers_no_mode_is_named(monkeypatch):
+    monkeypatch.setitem(MODULES, "nothing", "json")
+    with pytest.raises(LoadError, match=r"^execution 'nothing': expected json to register it, it doesn't$"):
+        find_mode("nothing")
+    with pytest.raises(SettingsError, match="expected one of auto"):
+        find_mode("unheard")

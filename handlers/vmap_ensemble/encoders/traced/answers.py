@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -90,7 +89,7 @@ def prove_traced(
     """
     proofs = []
     for index, answers in enumerate(recorded):
-        own: Any = forward.part(index, index + 1)
+        own = forward.part(index, index + 1)
         args = tuple(argument.to(own.device) for argument in answers.arguments[:arguments])
         expected = answers.outputs if arguments > 2 else answers.without_types
         names = OUTPUTS[len(expected)]

@@ -12,24 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import LoadError
 
 OUTPUTS = {1: ("logits",), 2: ("start_logits", "end_logits")}
 
 
-class TracedForward:
+class TracedForward(Forward):
     """The forwards of M traced modules.
 
     Args:
         modules: Loaded, on their device.
         members: Their names and manifest rows; it holds no tensors.
-
-    Attributes:
-        tolerance: As of `EnsembleForward`.
     """
 
-    tolerance: float | None = None
+    only_mode = "traced"
+    reason = "traced modules, one after another"
 
     def __init__(self, modules: Sequence[torch.jit.ScriptModule], members: StackedMembers) -> None:
         self.modules, self.members = list(modules), members
@@ -59,10 +58,6 @@ class TracedForward:
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     loop = __call__
-
-    def comparable(self, outputs: dict[str, Tensor], args: tuple[Tensor, ...], batch_axis: int) -> dict[str, Tensor]:
-        """All of an output: members are compared with themselves alone."""
-        return outputs
 
     def part(self, start: int, stop: int) -> TracedForward:
         """The forward of the members from `start` to `stop`, exclusive."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vmap_ensemble.archive.manifest import hash_file
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.execution.compiled.packages import (
     COMPILED_FOLDER,
@@ -35,20 +35,20 @@ from vmap_ensemble.execution.compiled.unrolled import unroll
 INDUCTOR_OPTIONS = {"freezing": True, "cpp.dynamic_threads": True}
 
 
-def why_not(forward: EnsembleForward, args: tuple[Any, ...]) -> str | None:
-    """Why native code can't be made of a forward; None if it can.
+def reasons_against(forward: Forward, args: tuple[Any, ...]) -> list[str]:
+    """Why native code can't be made of a forward; empty if it can.
 
     Args:
         forward: The members' forward.
         args: Arguments of a batch.
     """
-    if type(forward) is not EnsembleForward:
-        return f"{type(forward).__name__} is more than one call of vmap"
+    if forward.one_vmap is None:
+        return [f"{type(forward).__name__} is more than one call of vmap"]
     if len(args) != 1 or not isinstance(args[0], Tensor):
-        return "its model takes more than one tensor"
+        return ["its model takes more than one tensor"]
     with torch.no_grad():
         output = forward.member(0, *args)
-    return None if isinstance(output, Tensor) else "its model gives more than one tensor"
+    return [] if isinstance(output, Tensor) else ["its model gives more than one tensor"]
 
 
 def write_native_code(
@@ -57,7 +57,7 @@ def write_native_code(
     """Compile the forward for batches of 1 and of 2 to `largest`, and write `folder`/compiled.
 
     Args:
-        forward: One of which `why_not` says None.
+        forward: One that `reasons_against` has nothing against.
         examples: A batch (B, ...) of any size.
         largest: Most examples of a batch.
         folder: The archive's root, or an empty folder.

@@ -26,11 +26,6 @@ from vmap_ensemble.execution.graph.steps import CONVOLUTIONS
 logger = logging.getLogger(__name__)
 
 
-def has_convolutions(model: nn.Module) -> bool:
-    """Whether vmap would make grouped convolutions of some of the model's layers."""
-    return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
-
-
 def unroll(forward: EnsembleForward) -> nn.Module:
     """The members' forward for a compiler: arguments (B, ...) -> outputs (M, B, ...).
 

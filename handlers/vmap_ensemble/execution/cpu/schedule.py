@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from vmap_ensemble.execution.timing import time_block
+from vmap_ensemble.execution.timing import HOPELESS, Budget, time_block
 
 # Readings of a schedule on each example, and how many it gets in any case.
 ROUNDS, FEWER_ROUNDS = 7, 2
 # Once choosing has taken so long, the readings that are there decide, and no further forward is built: large
 # networks, whose layers are large, gain least.
 BUDGET_S = 5.0
-# A schedule so many times slower than the best in its first reading gets no second one.
-HOPELESS = 1.3
 
 
 @dataclass(frozen=True)
@@ -74,13 +71,13 @@ def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) ->
         forwards[0].keep_schedule()  # it is in use already, and there is nothing to compare it with
         return forwards[0]
     best: tuple[Forward, Schedule] | None = None
-    best_s, deadline_s = math.inf, time.perf_counter() + BUDGET_S
+    best_s, budget = math.inf, Budget(BUDGET_S)
     for forward in forwards:
-        for schedule, seconds in _measure(forward, examples, best_s, deadline_s).items():
+        for schedule, seconds in _measure(forward, examples, best_s, budget).items():
             if best is None or seconds < best_s:
                 best, best_s = (forward, schedule), seconds
         del forward  # or the next one would be built beside it, though it may not be the best
-        if time.perf_counter() > deadline_s:
+        if budget.left_s < 0:
             break
     if best is None:
         raise ValueError("expected at least one forward with a schedule, got none")
@@ -90,9 +87,7 @@ def choose_schedule(forwards: Iterable[Forward], examples: Sequence[Example]) ->
     return chosen
 
 
-def _measure(
-    forward: Scheduled, examples: Sequence[Example], best_s: float, deadline_s: float
-) -> dict[Schedule, float]:
+def _measure(forward: Scheduled, examples: Sequence[Example], best_s: float, budget: Budget) -> dict[Schedule, float]:
     """Schedules that aren't hopeless -> the product of the seconds that each example takes, measured in turns."""
     readings: dict[Schedule, list[list[float]]] = {}
     for schedule in forward.schedules():
@@ -100,11 +95,10 @@ def _measure(
         # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
         readings[schedule] = [[time_block(forward, tuple(example), about_s=0.0)] for example in examples]
     first_s = {schedule: math.prod(row[0] for row in own) for schedule, own in readings.items()}
+    # One that is hopeless in its first reading gets no second one.
     most_s = HOPELESS ** len(examples) * min([best_s, *first_s.values()])
     readings = {schedule: own for schedule, own in readings.items() if first_s[schedule] <= most_s}
-    for round_ in range(1, ROUNDS):
-        if round_ >= FEWER_ROUNDS and time.perf_counter() > deadline_s:
-            break
+    for _ in budget.rounds(ROUNDS - 1, FEWER_ROUNDS - 1):
         for schedule, own in readings.items():
             forward.schedule = schedule
             for example, row in zip(examples, own, strict=True):

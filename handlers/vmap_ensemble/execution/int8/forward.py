@@ -48,6 +48,7 @@ class QuantisedForward(EnsembleForward):
     """
 
     tolerance = 5e-2
+    only_mode = "int8"  # float32 would give other answers
 
     def __init__(
         self,
@@ -86,6 +87,11 @@ class QuantisedForward(EnsembleForward):
         """Run one member alone, in plain torch on the same 8-bit numbers: outputs (B, ...)."""
         with torch.no_grad():
             return self._run_plain(*(args[i] for i in self._inputs), *self._slots[index])
+
+    @property
+    def one_vmap(self) -> None:
+        """None: model and members alone are the float32 network."""
+        return None
 
     def part(self, start: int, stop: int) -> Any:
         """The members from `start` to `stop`, exclusive, one after another: for when memory has run out."""

@@ -11,11 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from vmap_ensemble.archive.precision import read_precision
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import Forward, as_one_vmap
 from vmap_ensemble.errors import UnfitItem, UnknownKind, UnreadableItem
-from vmap_ensemble.execution.choice_cache import Candidate
-from vmap_ensemble.execution.int8.forward import QuantisedForward, quantise_forward
-from vmap_ensemble.execution.modes import Execution
+from vmap_ensemble.execution.int8.forward import quantise_forward
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.budget import Budget
@@ -61,7 +59,7 @@ class ImageTask(Task):
         """Keys that an item which is an object may have; any, where `parse` is one's own."""
         return ITEM_KEYS if type(self).parse is ImageTask.parse else None
 
-    def make_forward(self, timed: Phases) -> EnsembleForward:
+    def make_forward(self, timed: Phases) -> Forward:
         """As for every task; with quantization, in 8 bits.
 
         Raises:
@@ -72,13 +70,7 @@ class ImageTask(Task):
             return forward
         with timed(phases.QUANTISE):
             precision = read_precision(self._folder())
-            return quantise_forward(forward, precision, self.collate(self.sample_examples(1)))
-
-    def only_execution(self, forward: EnsembleForward) -> Execution | None:
-        """8-bit members have one way to run, since float32 would give other answers."""
-        if isinstance(forward, QuantisedForward):
-            return Execution("int8", f"asked for: {forward.reason}", [Candidate("int8")], forward)
-        return super().only_execution(forward)
+            return quantise_forward(as_one_vmap(forward), precision, self.collate(self.sample_examples(1)))
 
     def lay_out(self, channels_last: bool) -> None:
         """Batches are written in the memory format that the forward takes."""

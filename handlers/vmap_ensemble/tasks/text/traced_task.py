@@ -46,7 +46,7 @@ class TracedTask(TextTask):
         super().__init__(settings, place, read_config(folder / PRETRAINED_FOLDER, PRETRAINED_FOLDER))
         self.argument_names = ["input_ids", "attention_mask"]
 
-    def make_forward(self, timed: Phases) -> TracedForward:  # type: ignore[override]
+    def make_forward(self, timed: Phases) -> TracedForward:
         """Load the library, then the traced members."""
         folder, rows = self._folder(), self.place.manifest.members
         check_hashes(folder, self.place.manifest)
@@ -60,7 +60,7 @@ class TracedTask(TextTask):
 
     def only_execution(self, forward: Any) -> Execution:
         """The one way to run, proved against what the members' checkpoints answered when they were traced."""
-        reason = "traced modules, one after another"
+        reason = forward.reason
         files = [self._folder() / row.file for row in self.place.manifest.members]
         recorded = [answers for answers in map(read_answers, files) if answers is not None]
         if len(recorded) < len(files):

@@ -9,8 +9,8 @@ from torch import nn
 
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
-from vmap_ensemble.execution.compiled.native_code import why_not
-from vmap_ensemble.execution.compiled.unrolled import UnrolledGraph, UnrolledModules, has_convolutions, unroll
+from vmap_ensemble.execution.compiled.native_code import reasons_against
+from vmap_ensemble.execution.compiled.unrolled import UnrolledGraph, UnrolledModules, unroll
 
 
 class Residual(nn.Module):
@@ -127,20 +127,14 @@ def test_a_model_that_can_not_be_traced_is_logged(caplog):
     assert "members are compiled whole" in caplog.text
 
 
-def test_convolutions_are_found():
-    assert has_convolutions(Residual())
-    assert has_convolutions(nn.Sequential(nn.ConvTranspose1d(1, 1, 1)))
-    assert not has_convolutions(nn.Linear(1, 1))
-
-
 class Own(EnsembleForward):
-    pass
+    one_vmap = None
 
 
 def test_why_native_code_can_not_be_made():
     forward = build(Residual, 2)
-    assert why_not(forward, (X,)) is None
-    assert why_not(forward, (X, X)) == "its model takes more than one tensor"
-    assert why_not(build(Two, 2), (X,)) == "its model gives more than one tensor"
+    assert reasons_against(forward, (X,)) == []
+    assert reasons_against(forward, (X, X)) == ["its model takes more than one tensor"]
+    assert reasons_against(build(Two, 2), (X,)) == ["its model gives more than one tensor"]
     own = Own(Residual().eval(), forward.members)
-    assert why_not(own, (X,)) == "Own is more than one call of vmap"
+    assert reasons_against(own, (X,)) == ["Own is more than one call of vmap"]
