@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,3 +58,17 @@ def prepack(weight: Tensor) -> list[Tensor]:
     """(M, out, in) -> M matrices in the order of oneDNN's product with few rows; one for (out, in)."""
     rows = weight.unbind() if weight.ndim == 3 else (weight,)
     return [torch.ops.mkldnn._reorder_linear_weight(row.contiguous(), PACKED_FOR_ROWS) for row in rows]
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Whether this CPU's products of uint8 by int8 lose large sums.
+
+    Without VNNI instructions oneDNN adds pairs of products in 16 bits (vpmaddubsw), which end at 32,767: two products
+    of 255 by 127 are 64,770.
+    """
+    x, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, [1, 64])
+    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    arguments = (x, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return not torch.equal(torch.ops.onednn.qlinear_pointwise(*arguments), torch.full((1, 16), 255.0 * 127 * 64))

@@ -1,7 +1,7 @@
 """Turns tensors into 8-bit numbers and back, and computes layers on them in plain torch.
 
     x ~ scale * (q - zero_point)          activations, q in 0..255, one scale per tensor, from calibration
-    w ~ scale[o] * q                      weights, q in -127..127, one scale per output channel o
+    w ~ scale[o] * q                      weights, q in -127..127 (or -63..63), one scale per output channel o
 
 These steps are the reference that the kernels of quantised_kernels.py must equal.
 
@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmap_ensemble.execution.cpu.onednn import products_saturate
 from vmap_ensemble.execution.graph.steps import convolve, convolve_add
 
 LEVELS, WEIGHT_LEVELS = 255, 127
+# Of weights where products saturate: 2 * 255 * 63 fits into the 16 bits that pairs of them are summed in.
+FEWER_WEIGHT_LEVELS = 63
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,15 @@ def scale_of_range(low: float, high: float) -> Scale:
 
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, I, ...) float32 -> the nearest int8 in -127..127 and (O,) scales, symmetric per output channel."""
+    """(O, I, ...) float32 -> the nearest int8 and (O,) scales, symmetric per output channel.
+
+    In -127..127; in -63..63 on a CPU whose 8-bit products saturate, where larger ones would give wrong sums.
+    """
+    levels = FEWER_WEIGHT_LEVELS if products_saturate() else WEIGHT_LEVELS
     largest = weight.detach().flatten(1).abs().amax(1)
-    scale = torch.where(largest > 0, largest / WEIGHT_LEVELS, 1.0)
+    scale = torch.where(largest > 0, largest / levels, 1.0)
     rows = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
-    return (weight / rows).round().clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS).to(torch.int8), scale
+    return (weight / rows).round().clamp(-levels, levels).to(torch.int8), scale
 
 
 def quantise(x: Tensor, scale: Scale) -> Tensor:

@@ -10,6 +10,7 @@ from tests.unit.execution.cpu.test_networks import APART, CASES, Headed, build_m
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.core.proof import prove_equal
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.execution.cpu.onednn import products_saturate
 from vmap_ensemble.execution.graph.lowered_model import UnsupportedModel
 from vmap_ensemble.execution.graph.steps import ACTIVATIONS
 from vmap_ensemble.execution.int8 import kernels
@@ -117,7 +118,8 @@ def test_weights_are_rounded_per_output_channel():
     rounded, scale = q8.quantise_weight(weight)
     error = (rounded.float() * scale[:, None, None, None] - weight).abs().amax((1, 2, 3))
     assert (error <= scale / 2 * 1.001).all()
-    assert rounded[:3].abs().amax((1, 2, 3)).tolist() == [127, 127, 127]
+    levels = q8.FEWER_WEIGHT_LEVELS if products_saturate() else q8.WEIGHT_LEVELS
+    assert rounded[:3].abs().amax((1, 2, 3)).tolist() == [levels] * 3
     assert not rounded[3].any()
 
 
@@ -242,3 +244,12 @@ def test_other_members_than_the_calibrated_ones_are_refused():
         quantise_forward(forward, Precision("int8", 1, 0, 0.0, ("a", "b"), {"x": [[0, 1]]}), (x,))
     with pytest.raises(LoadError, match=r"no calibration.*--samples"):
         quantise_forward(forward, None, (x,))
+
+
+def test_sums_of_the_largest_numbers_are_exact():
+    """On a CPU without VNNI too, whose products of larger weights would saturate."""
+    weight, scale = q8.quantise_weight(torch.ones(16, 64))
+    x, into = torch.full((1, 64), 255, dtype=torch.uint8), q8.Scale(1.0, 0)
+    layer = q8.Layer(weight, scale, None, into)
+    got = kernels._linear(x, kernels._pack_layer(layer, None, [1, 64]))
+    torch.testing.assert_close(got, torch.full((1, 16), 255.0 * 64))
