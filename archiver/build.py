@@ -36,7 +36,8 @@ from archiver.traced import TracedMembers, is_traced, survey_traced, trace_direc
 from vmap_ensemble.archive.settings import known_keys, parse_settings
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture
-from vmap_ensemble.models.transformers import LABELLED_MODES, PRETRAINED_FOLDER, read_config
+from vmap_ensemble.models.text_modes import DEFAULT_MODE, is_labelled
+from vmap_ensemble.models.transformers import PRETRAINED_FOLDER, read_config
 from vmap_ensemble.tasks.task import Task
 
 Step = Callable[[str], None]
@@ -156,8 +157,8 @@ def _count_outputs(request: ArchiveRequest, handler: type[Task]) -> int | None:
 def _with_labels(request: ArchiveRequest, handler: type[Task], survey: Survey, scratch: Path) -> ArchiveRequest:
     """With a checked index_to_name.json, the members' own where the block brings none."""
     count = survey.num_classes
-    mode = request.settings.get("mode", LABELLED_MODES[0])
-    if request.pretrained is not None and mode in LABELLED_MODES:
+    mode = str(request.settings.get("mode", DEFAULT_MODE))
+    if request.pretrained is not None and is_labelled(mode):
         count = int(read_config(request.pretrained, PRETRAINED_FOLDER).num_labels)
     has_labels = request.labels is not None or any(survey.classes)
     if has_labels and count is None and request.pretrained is None and survey.architecture_checked:

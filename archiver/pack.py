@@ -21,6 +21,7 @@ from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
+from vmap_ensemble.archive.labels import LABELS_FILE
 from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file, list_code
 from vmap_ensemble.archive.precision import PRECISION_FILE
 from vmap_ensemble.archive.settings import SETTINGS_FILE
@@ -31,7 +32,6 @@ from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 from vmap_ensemble.version import __version__
 
 PACKAGE = "vmap_ensemble"
-LABELS_FILE = "index_to_name.json"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
 RESERVED_NAMES = (
     *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),

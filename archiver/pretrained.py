@@ -24,10 +24,9 @@ from archiver.tokenizers import (
 )
 from vmap_ensemble.core.states import State, renamed
 from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.models.text_modes import DEFAULT_MODE, TEXT_MODES, is_labelled
 from vmap_ensemble.models.transformers import (
     CONFIG_FILE,
-    LABELLED_MODES,
-    MODES,
     PRETRAINED_FOLDER,
     model_class,
     read_config,
@@ -129,7 +128,7 @@ def check_heads(sources: Sequence[Source], mode: str) -> None:
     Raises:
         ArchiveError: Names the class that was saved and the mode's.
     """
-    if mode == "embedding" or mode not in MODES:
+    if mode == "embedding" or mode not in TEXT_MODES:
         return
     for source in sources:
         if source.folder is None:
@@ -201,7 +200,7 @@ def check_num_labels(settings: Mapping[str, Any], root: Path) -> None:
         ArchiveError: Both numbers.
     """
     wanted = int(settings.get("num_labels") or 0)  # text where it comes from TorchServe's example
-    if not wanted or settings.get("mode", LABELLED_MODES[0]) not in LABELLED_MODES:
+    if not wanted or not is_labelled(str(settings.get("mode", DEFAULT_MODE))):
         return
     got = read_config(root / PRETRAINED_FOLDER, PRETRAINED_FOLDER).num_labels
     if wanted != got:

@@ -23,14 +23,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.measuring.measure import Timing, describe_machine, measure_interleaved
-from benchmarks.measuring.networks import NETWORKS, build_members, stack_networks
+from benchmarks.measuring.networks import NETWORKS, build_members, states_of
 from quality.scores import combine, score
 from training.evaluate import find_members
 from training.mnist import open_data, positive
 from training.mnist_data import DataError, Digits, normalise
 from vmap_ensemble.archive.checkpoints import read_state_dict
 from vmap_ensemble.core.forward import EnsembleForward
-from vmap_ensemble.core.members import StackedMembers
+from vmap_ensemble.core.members import StackedMembers, stack_members
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.cpu.networks import prepare
 from vmap_ensemble.execution.int8.calibration import calibrate
@@ -69,7 +69,7 @@ class Rivals:
 
     def __init__(self, model: str, networks: list[nn.Module], samples: list[Tensor]) -> None:
         self.model, self.networks, self.samples = model, networks, samples
-        self.members = stack_networks(networks)
+        self.members = stack_members(states_of(networks))
         self.ranges: Any = None
 
     def build(self, name: str, example: Tensor) -> Forward:

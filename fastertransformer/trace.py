@@ -26,8 +26,8 @@ from fastertransformer.modules import HEADS, convert_model
 from vmap_ensemble.encoders.traced.answers import ANSWERS_FILE, RecordedAnswers
 from vmap_ensemble.encoders.traced.library import load_ft_library
 from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.process.device import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest difference of logits to the checkpoint in the same dtype, relative to the largest logit where that is above
 # 1: rounding grows with the numbers, in Hugging Face's own result as in ours. Half precision: rounding of 12 layers.
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}

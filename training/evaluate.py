@@ -26,11 +26,9 @@ from quality.scores import (
 )
 from training.mnist import MEMBER_DIR, open_data, positive, predict_log_probabilities
 from training.mnist_data import DataError, Digits
-from vmap_ensemble.archive.checkpoints import read_state_dict
-from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.archive.checkpoints import find_checkpoints, read_state_dict
+from vmap_ensemble.errors import EnsembleError, MemberError
 from vmap_ensemble.models.mnist import MnistNet
-
-SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def find_members(paths: list[Path]) -> list[Path]:
@@ -39,16 +37,10 @@ def find_members(paths: list[Path]) -> list[Path]:
     Raises:
         DataError: a path does not exist, or a folder holds no checkpoint.
     """
-    files = []
-    for path in paths:
-        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
-        if not found or not found[0].is_file():
-            raise DataError(
-                f"{path}: expected a checkpoint or a folder of them ({', '.join(SUFFIXES)}); "
-                "`python -m training.mnist --save-model` trains some"
-            )
-        files += found
-    return files
+    try:
+        return find_checkpoints(paths)
+    except MemberError as error:
+        raise DataError(f"{error}; `python -m training.mnist --save-model` trains some") from None
 
 
 def predict_members(files: list[Path], digits: Digits) -> Tensor:

@@ -138,11 +138,9 @@ def build_members(network: Network, count: int) -> list[nn.Module]:
     return members
 
 
-def stack_networks(networks: list[nn.Module]) -> StackedMembers:
-    """The networks' state dicts as the ensemble holds them."""
-    states = [network.state_dict() for network in networks]
-    stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-    return StackedMembers(names=tuple(f"m{index}" for index in range(len(networks))), stacked=stacked, shared={})
+def states_of(networks: list[nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Name of the member -> its state dict."""
+    return {f"m{index}": network.state_dict() for index, network in enumerate(networks)}
 
 
 def parameter_bytes(network: nn.Module) -> int:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from benchmarks.measuring.measure import describe_machine, measure_interleaved, print_timings, write_json
-from vmap_ensemble.archive.checkpoints import read_state_dict
+from vmap_ensemble.archive.checkpoints import find_checkpoints, read_state_dict
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import stack_members
 from vmap_ensemble.errors import EnsembleError, MemberError
@@ -26,7 +26,6 @@ from vmap_ensemble.process.memory import keep_freed_memory
 TOLERANCE = 1e-5
 # Of a parameter's own deviation: enough to tell members apart, too little to spoil a trained network.
 PERTURBATION = 0.02
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 State = dict[str, Tensor]
 
 
@@ -75,21 +74,6 @@ def build_parser(subject: Subject, prog: str) -> argparse.ArgumentParser:
     add("--threads", type=int, default=None, help="threads of torch on the CPU")
     add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
     return parser
-
-
-def find_checkpoints(paths: list[Path]) -> list[Path]:
-    """Resolve files and folders to checkpoint files, folders in the order of their names.
-
-    Raises:
-        MemberError: a path does not exist, or a folder holds no checkpoint.
-    """
-    files: list[Path] = []
-    for path in paths:
-        found = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES) if path.is_dir() else [path]
-        if not found or not found[0].is_file():
-            raise MemberError(f"{path}: expected a checkpoint or a folder of them ({', '.join(SUFFIXES)})")
-        files += found
-    return files
 
 
 def perturb(state: Mapping[str, Tensor], seed: int) -> State:

@@ -22,7 +22,7 @@ from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.states import tied_groups
 from vmap_ensemble.errors import ArchiveError, SettingsError
 from vmap_ensemble.models.architecture import build_architecture
-from vmap_ensemble.models.transformers import MODES
+from vmap_ensemble.models.text_modes import TEXT_MODES
 
 # Modes and files are under test here, not the answers of the BERT handler: its settings would do as well.
 HANDLER = """from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
@@ -68,7 +68,7 @@ def save_member(
     config = CONFIGS[family]()
     for key, value in changes.items():
         setattr(config, key, value)
-    model = getattr(transformers, MODES[mode][0]).from_config(config).eval()
+    model = getattr(transformers, TEXT_MODES[mode].auto_class).from_config(config).eval()
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
@@ -107,7 +107,7 @@ def test_directories_become_members_named_after_them(text: Project) -> None:
     assert tokenizer("A cat")["input_ids"] == [WORDS.index("a"), WORDS.index("cat")]
 
 
-@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("mode", sorted(TEXT_MODES))
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_what_is_unpacked_computes_what_was_saved(text: Project, family: str, mode: str) -> None:
     shutil.rmtree(text.folder / "runs")

@@ -9,7 +9,7 @@ import argparse
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,21 @@ class Checkpoint:
 
     state: State
     classes: dict[int, str] | None = None
+
+
+def find_checkpoints(paths: Sequence[Path]) -> list[Path]:
+    """Files and folders -> checkpoint files, those of a folder by name.
+
+    Raises:
+        MemberError: A path does not exist, or a folder holds no checkpoint.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            raise MemberError(f"{path}: expected a checkpoint or a folder of them ({', '.join(SUFFIXES)})")
+        files += found
+    return files
 
 
 def read_state_dict(path: str | Path, choice: str | None = None) -> State:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,18 +27,24 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-def _check_mode(name: str) -> str:
-    unknown = reason_against_name(name)
-    if unknown:
-        raise PydanticCustomError("execution_mode", "{unknown}", {"unknown": unknown})
-    return name
+def refuse_unknown(reason_against: Callable[[str], str | None]) -> AfterValidator:
+    """Check a name against a register: what `reason_against` says of it is the error."""
+
+    def check(name: str) -> str:
+        unknown = reason_against(name)
+        if unknown:
+            raise PydanticCustomError("unknown_name", "{unknown}", {"unknown": unknown})
+        return name
+
+    return AfterValidator(check)
 
 
-def _list_modes(schema: dict[str, Any]) -> None:
-    schema["enum"] = mode_names()
+def list_names(names: Callable[[], list[str]]) -> Callable[[dict[str, Any]], None]:
+    """For a field's JSON Schema: the names that its register holds."""
+    return lambda schema: schema.update(enum=names())
 
 
-ExecutionMode = Annotated[str, AfterValidator(_check_mode)]
+ExecutionMode = Annotated[str, refuse_unknown(reason_against_name)]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
@@ -89,7 +95,7 @@ class Settings:
     )
     execution: ExecutionMode = Field(
         AUTO,
-        json_schema_extra=_list_modes,
+        json_schema_extra=list_names(mode_names),
         description="How the one forward is run: `auto` measures at load and keeps the fastest that gives the same "
         "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
         "`compiled`, by `./archive.sh --compile` or else at load; `cudagraph`; `reference`, the plain loop.",

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,28 @@ _RANDOM_FILLS = {
     torch.ops.aten.bernoulli_.float,
     torch.ops.aten.exponential_.default,
 }
+
+
+# Name -> what builds the module, without arguments or with `num_classes`.
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mnist": MnistNet}
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+
+def architecture(name: str) -> Callable[[Builder], Builder]:
+    """Register a class or function under a name that the setting `architecture` may say.
+
+    Raises:
+        SettingsError: There is one of this name.
+    """
+
+    def register(build: Builder) -> Builder:
+        if name in ARCHITECTURES:
+            raise SettingsError(f"architecture '{name}': expected a new name; known: {', '.join(ARCHITECTURES)}")
+        ARCHITECTURES[name] = build
+        return build
+
+    return register
 
 
 class SkipRandomFills(TorchDispatchMode):
@@ -164,8 +186,8 @@ def current_key(spec: str, key: str) -> str | None:
 
 
 def _builder(spec: str, folder: Path | None) -> Callable[..., nn.Module]:
-    if spec == "mnist":
-        return MnistNet
+    if spec in ARCHITECTURES:
+        return ARCHITECTURES[spec]
     if spec.startswith(TORCHVISION):
         return _torchvision_builder(spec)
     if spec.startswith(TRANSFORMERS):
@@ -174,7 +196,8 @@ def _builder(spec: str, folder: Path | None) -> Callable[..., nn.Module]:
     if file.endswith(".py"):
         return _class_in_file(file, name, folder)
     raise SettingsError(
-        f"architecture '{spec}': expected 'torchvision:NAME', 'transformers:MODE', 'mnist' or 'model.py:ClassName'"
+        f"architecture '{spec}': expected 'torchvision:NAME', 'transformers:MODE', 'model.py:ClassName' or one of "
+        f"{', '.join(ARCHITECTURES)}"
     )
 
 

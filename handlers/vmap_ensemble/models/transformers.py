@@ -10,24 +10,10 @@ import torch
 from torch import nn
 
 from vmap_ensemble.errors import SettingsError, first_line
+from vmap_ensemble.models.text_modes import TEXT_MODES
 
 PRETRAINED_FOLDER = "pretrained"
 CONFIG_FILE = "config.json"
-
-# Mode -> transformers' class, and its table of configuration class -> model class.
-MODES = {
-    "sequence_classification": (
-        "AutoModelForSequenceClassification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    ),
-    "token_classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
-    "question_answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
-    "fill_mask": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
-    "embedding": ("AutoModel", "MODEL_MAPPING"),
-}
-
-# Modes whose members have labels; a config has a number of them even where there are none.
-LABELLED_MODES = ("sequence_classification", "token_classification")
 
 
 def import_transformers() -> Any:
@@ -67,7 +53,7 @@ def read_config(folder: Path, where: str) -> Any:
 
 def model_class(config: Any, mode: str) -> Any:
     """The class that transformers builds of a configuration in a mode; None where it has none."""
-    mapping = getattr(import_transformers(), MODES[mode][1])
+    mapping = getattr(import_transformers(), TEXT_MODES[mode].mapping)
     return mapping.get(type(config), None)
 
 
@@ -75,7 +61,7 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
     """Build the model of one mode from `folder`/pretrained/config.json.
 
     Args:
-        mode: A key of MODES.
+        mode: A key of TEXT_MODES.
         folder: The unpacked archive.
 
     Returns:
@@ -86,8 +72,8 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
         SettingsError: The mode is unknown, the configuration is missing, or its architecture lacks the mode or is an
             encoder with a decoder.
     """
-    if mode not in MODES:
-        raise SettingsError(f"architecture 'transformers:{mode}': expected one of {', '.join(MODES)}")
+    if mode not in TEXT_MODES:
+        raise SettingsError(f"architecture 'transformers:{mode}': expected one of {', '.join(TEXT_MODES)}")
     if folder is None or not (folder / PRETRAINED_FOLDER).is_dir():
         raise SettingsError(
             f"architecture 'transformers:{mode}': no folder {PRETRAINED_FOLDER}/ in the archive; give members "
@@ -95,7 +81,7 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
         )
     config = read_config(folder / PRETRAINED_FOLDER, PRETRAINED_FOLDER)
     transformers = import_transformers()
-    auto_name = MODES[mode][0]
+    auto_name = TEXT_MODES[mode].auto_class
     kind = model_class(config, mode)
     if getattr(config, "is_encoder_decoder", False):
         raise SettingsError(

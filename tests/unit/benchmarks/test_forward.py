@@ -169,16 +169,17 @@ def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert rows[-1] == {"rival": "openvino", "left_out": "RuntimeError: no such thing"}
 
 
-def test_half_precision_is_held_to_its_own_tolerance(tmp_path: Path) -> None:
+def test_half_precision_is_held_to_its_own_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not MNIST: a CPU without instructions for bfloat16 takes minutes for its convolutions.
+    tiny = networks.Network("tiny", lambda: nn.Linear(16, 4).eval(), lambda batch: (torch.randn(batch, 16),))
+    monkeypatch.setitem(networks.NETWORKS, "tiny", tiny)
     file = tmp_path / "forward.json"
     only = ["--only", "stock_vmap", "ours_cudagraph"]
-    assert (
-        forward.main(["--model", "mnist", "--members", "2", "--dtype", "bf16", *only, *QUICK, "--json", str(file)])
-        == 0
-    )
+    options = ["--model", "tiny", "--members", "2", "--dtype", "bf16", *only, *QUICK, "--json", str(file)]
+    assert forward.main(options) == 0
     (cell,) = json.loads(file.read_text())["cells"]
     assert (cell["dtype"], cell["device"]) == ("bf16", "cpu")
-    assert cell["work"]["bytes"] == pytest.approx(2 * 2 * 1_199_882, rel=0.01)
+    assert cell["work"]["bytes"] == pytest.approx(2 * 2 * (16 * 4 + 4), rel=0.3)
     assert "expected the members on a CUDA device" in cell["rows"][-1]["left_out"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,5 +70,5 @@ def products_saturate() -> bool:
     x, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, [1, 64])
     one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int32)
-    arguments = (x, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    arguments: tuple[Any, ...] = (x, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
     return not torch.equal(torch.ops.onednn.qlinear_pointwise(*arguments), torch.full((1, 16), 255.0 * 127 * 64))

@@ -15,6 +15,7 @@ from vmap_ensemble.tasks.answers import Answer, Options
 from vmap_ensemble.tasks.classification import ClassAnswers, abstaining
 from vmap_ensemble.tasks.text.inputs import TextInput, read_text_item
 from vmap_ensemble.tasks.text.mode import Target, TextExample, TextMode
+from vmap_ensemble.tasks.text.settings import TextSettings
 
 
 class SingleLabel(TextMode):
@@ -179,3 +180,15 @@ class Regression(SingleLabel):
 
 def _binary_entropy(probabilities: Tensor) -> Tensor:
     return entropy(torch.stack((probabilities, 1 - probabilities), dim=-1))
+
+
+def kind_of_classification(settings: TextSettings, config: Any) -> type[SingleLabel]:
+    """The class that answers a sequence classification: by the settings' or the config's problem type."""
+    kinds: dict[str, type[SingleLabel]] = {
+        "single_label": SingleLabel,
+        "multi_label": MultiLabel,
+        "regression": Regression,
+    }
+    theirs = {"multi_label_classification": "multi_label", "regression": "regression"}
+    kind = settings.problem_type or theirs.get(config.problem_type or "")
+    return kinds[kind or ("regression" if config.num_labels == 1 else "single_label")]

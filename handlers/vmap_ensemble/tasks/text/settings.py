@@ -7,16 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from vmap_ensemble.archive.settings import PositiveInt, Probability, Settings
+from vmap_ensemble.archive.settings import PositiveInt, Probability, Settings, list_names, refuse_unknown
+from vmap_ensemble.models.text_modes import DEFAULT_MODE, TEXT_MODES, reason_against_mode
+
+TextModeName = Annotated[str, refuse_unknown(reason_against_mode)]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
 class TextSettings(Settings):
     """Settings of handlers that take text; the keys of TorchServe's Hugging Face example among them."""
 
-    mode: Literal[
-        "sequence_classification", "token_classification", "question_answering", "fill_mask", "embedding"
-    ] = Field("sequence_classification", description="What is asked of the text.")
+    mode: TextModeName = Field(
+        DEFAULT_MODE, description="What is asked of the text.", json_schema_extra=list_names(lambda: list(TEXT_MODES))
+    )
     model_name: str = Field("", description="Name of the pretrained model; for people, nothing is fetched.")
     do_lower_case: bool | None = Field(None, description="Lower the text; the tokenizer's own choice by default.")
     num_labels: Annotated[int, Field(ge=0)] | None = Field(

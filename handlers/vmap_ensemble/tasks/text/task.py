@@ -14,7 +14,8 @@ from torch import Tensor
 from vmap_ensemble.archive.labels import read_labels
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.errors import ItemError, LoadError, SettingsError
-from vmap_ensemble.models.transformers import LABELLED_MODES, PRETRAINED_FOLDER
+from vmap_ensemble.models.text_modes import is_labelled
+from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
 from vmap_ensemble.tasks.budget import Budget
 from vmap_ensemble.tasks.task import Place, Task
@@ -141,8 +142,7 @@ def check_num_labels(settings: TextSettings, config: Any) -> None:
     Raises:
         SettingsError: Both numbers.
     """
-    is_labelled = settings.mode in LABELLED_MODES
-    if is_labelled and settings.num_labels and settings.num_labels != config.num_labels:
+    if is_labelled(settings.mode) and settings.num_labels and settings.num_labels != config.num_labels:
         raise SettingsError(
             f"setup_config.json: num_labels: {settings.num_labels}, but the members have {config.num_labels}"
         )
