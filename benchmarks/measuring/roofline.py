@@ -25,6 +25,7 @@ TRIAD_ELEMENTS = 32 * 2**20  # 128 MiB a tensor in float32: beyond any cache
 MATRIX_SIDE = 2048
 GPU_MATRIX_SIDE = 8192
 REPEATS = 10
+MOST_CALL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def measure_ceilings(
     repeats: int = REPEATS,
 ) -> Ceilings:
     """Measure both ceilings; the best of some runs, since a ceiling is what can be had."""
-    side = side or (GPU_MATRIX_SIDE if device.type == "cuda" else MATRIX_SIDE)
+    side = side or find_side(device, dtype)
     a, b, c = (torch.ones(elements, device=device, dtype=dtype) for _ in range(3))
     triad_s = _best_s(lambda: torch.add(b, c, alpha=2.0, out=a), device, repeats)
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -63,6 +64,21 @@ def measure_ceilings(
     filters = left.reshape(side, side, 1, 1)
     convolution_s = _best_s(lambda: torch.conv2d(image, filters), device, repeats)
     return Ceilings(3 * a.element_size() * elements / triad_s, 2 * side**3 / min(matrix_s, convolution_s))
+
+
+def find_side(device: torch.device, dtype: torch.dtype) -> int:
+    """Side of a matrix product that is large, and takes no longer than `MOST_CALL_S`.
+
+    A CPU without instructions for half precision multiplies a thousand times slower than one with them.
+    """
+    most = GPU_MATRIX_SIDE if device.type == "cuda" else MATRIX_SIDE
+    side = most // 8
+    while side < most:
+        square = torch.ones(side, side, device=device, dtype=dtype)
+        if 8 * _best_s(lambda x=square: torch.mm(x, x), device, 1) > MOST_CALL_S:  # type: ignore[misc]
+            break
+        side *= 2
+    return side
 
 
 def _best_s(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
