@@ -223,7 +223,10 @@ def _check_tokens(tokenizer: Any, base: str, model: Any) -> None:
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:  # some architectures don't say where theirs is
         rows = None
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # Classes add special tokens of their own, which no text holds: a request that spells one is refused.
+    special = set(tokenizer.all_special_tokens)
+    numbers = {token: number for token, number in tokenizer.get_vocab().items() if token not in special}
+    token, highest = max(numbers.items(), key=lambda item: item[1])
     if rows is not None and highest >= rows:
         raise ArchiveError(
             f"'{base}': the tokenizer's token {token!r} is {highest}, the model has embeddings for 0 to {rows - 1}; "

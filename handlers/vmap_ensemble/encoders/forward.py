@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,7 @@ class EncoderForward(EnsembleForward):
 
     def __init__(self, model: PreTrainedModel, members: StackedMembers, rules: FastRules | None = None) -> None:
         super().__init__(model, members)
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._use_rules(rules)
 
     def _use_rules(self, rules: FastRules | None) -> None:
@@ -112,12 +114,28 @@ class EncoderForward(EnsembleForward):
 
     # vmap maps positional arguments only, and each architecture orders its own differently: they get names here.
     def _member(self, _index: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor], *inputs: Any) -> Any:
-        keywords = _name_inputs(*inputs)
+        keywords = self._name_inputs(*inputs)
         return functional_call(self.model, self._join_ties({**shared, **own}), (), keywords)
 
     def member(self, index: int, *inputs: Any) -> Any:
         """Run one member alone, as Hugging Face does: padded, without vmap; outputs (B, ...)."""
-        return functional_call(self.model, self.member_state(index), (), _name_inputs(*inputs))
+        return functional_call(self.model, self.member_state(index), (), self._name_inputs(*inputs))
+
+    def _name_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What there is of the inputs that the model takes: FNet, for one, has no mask."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        return {name: tensor for name, tensor in inputs.items() if tensor is not None and name in self._takes}
 
     def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
         """Outputs up to the longest text, zero at padding, of which nobody asks anything."""
@@ -202,7 +220,7 @@ class PackedEncoderForward(EncoderForward):
     ) -> Any:
         """Run a member's state dict on what `pack_rows` gives; outputs per token stay packed."""
         with packed(packing), self._unpacking(packing):
-            return functional_call(self.model, state, (), _name_inputs(ids, None, types, places))
+            return functional_call(self.model, state, (), self._name_inputs(ids, None, types, places))
 
     def unpack_outputs(self, outputs: Any, packing: Packing) -> Any:
         """Outputs per token of a packed row, (M, 1, T, ...) -> (M, B, S, ...); others stay as they are."""
@@ -232,21 +250,6 @@ class PackedEncoderForward(EncoderForward):
             yield
         finally:
             handle.remove()
-
-
-def _name_inputs(
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> dict[str, Tensor]:
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "position_ids": position_ids,
-    }
-    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
 
 def find_encoder(model: PreTrainedModel) -> nn.Module:

@@ -73,6 +73,8 @@ def _beside_weights(module: nn.Module) -> Mapping[str, Any]:
 
 def _same(first: Any, second: Any) -> bool:
     """Whether two values hold the same numbers; what isn't made of numbers counts as the same."""
+    if isinstance(first, nn.Parameter):
+        return True  # a member fills it, under whatever name it lies here: recurrent layers list theirs
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and same_bits(first, second)
     if isinstance(first, np.ndarray):

@@ -100,7 +100,11 @@ def test_a_file_of_ones_own(tmp_path: Path, spec: str) -> None:
     ("spec", "text", "message"),
     [
         ("torchvision:resnet81", "", r"unknown to torchvision .*; did you mean 'resnet18'\?"),
-        ("resnet18", "", r"architecture 'resnet18': expected 'torchvision:NAME', 'transformers:MODE', 'mnist' or"),
+        (
+            "resnet18",
+            "",
+            r"architecture 'resnet18': expected 'torchvision:NAME', 'transformers:MODE', 'model\.py:ClassName' or",
+        ),
         ("other.py", "", r"'other\.py': no such file in the root of the archive"),
         ("../model.py", "", r"no such file in the root of the archive"),
         ("model.py:Gone", ONE_CLASS, r"model\.py: no nn\.Module class 'Gone'; it defines Net"),

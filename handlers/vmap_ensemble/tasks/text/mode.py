@@ -292,7 +292,9 @@ def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, 
     tensors = []
     for name in names:
         fill = pad.get(name, 0)
-        rows = [window.arrays[name] + [fill] * (longest - len(window)) for window in windows]
+        # Tokenizers of models without a mask give none; where texts are is known all the same.
+        own = [window.arrays.get(name, [1] * len(window)) for window in windows]
+        rows = [row + [fill] * (longest - len(row)) for row in own]
         tensors.append(torch.tensor(rows, dtype=torch.int64))
     return tuple(tensors)
 

@@ -149,10 +149,9 @@ def check_num_labels(settings: TextSettings, config: Any) -> None:
 
 
 def argument_names(forward: Callable[..., Any], given: Sequence[str]) -> list[str]:
-    """The forward's leading arguments among those that the tokenizer gives: vmap maps positional ones only."""
-    names = []
-    for name in inspect.signature(forward).parameters:
-        if name not in given:
-            break
-        names.append(name)
-    return names
+    """The inputs of a model: ids and mask, and token types where model and tokenizer know them.
+
+    A forward takes them by name, wherever in its signature they stand; one without a mask is not given it.
+    """
+    takes_types = "token_type_ids" in given and "token_type_ids" in inspect.signature(forward).parameters
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if takes_types else [])]
