@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 NO_GPU = "GPU: not yet measured."
 
 

@@ -70,7 +70,7 @@ def read_digits() -> list[bytes]:
 
 SUBJECTS = {
     "mnist": Subject(
-        MnistNet, ROOT / "handlers" / "vmap_ensemble" / "mnist_net.py", "mnist_handler.py", "mnist", "digit",
+        MnistNet, ROOT / "handlers" / "vmap_ensemble" / "models" / "mnist.py", "mnist_handler.py", "mnist", "digit",
         transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]), read_digits,
     ),
     "resnet18": Subject(

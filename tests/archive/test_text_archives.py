@@ -359,5 +359,5 @@ def test_traced_archives_that_lack_something_are_refused(scripted: Project, chan
 
 def test_a_missing_tracer_says_what_to_give(text: Project, monkeypatch) -> None:
     monkeypatch.setattr(traced, "TOOLS", "no_such_folder")
-    with pytest.raises(ArchiveError, match=r"no_such_folder/trace.py is not in this repository; give traced .pt"):
+    with pytest.raises(ArchiveError, match=r"no_such_folder/trace.py is not installed; give traced .pt"):
         traced._run_tool("trace", [], "member 'fold0'")

@@ -20,7 +20,7 @@ def no_home() -> Path:
 
 
 def choices(folder: Path) -> ChoiceCache:
-    return ChoiceCache(folder, "hash", [(torch.ones(1, 2),)], torch.device("cpu"), None)
+    return ChoiceCache(folder, "hash", [(torch.ones(1, 2),)], torch.device("cpu"), ["eager"], [])
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
