@@ -24,7 +24,7 @@ OPTION_HEADERS = {
     "x-ensemble-top-k": "top_k",
     "x-ensemble-target": "target",
 }
-PAYLOAD_KEYS = ("data", "body", "b64", "image")
+PAYLOAD_KEYS = ("data", "body", "b64", "base64", "image")
 # What a body may hold beside the options, by its form.
 ENVELOPE_KEYS: dict[str, tuple[str, ...]] = {
     "kserve_v1": ("instances", "signature_name", "parameters", "id"),
