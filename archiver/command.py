@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     module, before, _ = COMMANDS[given[0]]
     run: Callable[[Sequence[str]], int] = importlib.import_module(module).main
-    return run([*before, *given[1:]])
+    rest = given[1:]
+    # Behind --check, which wants a value, --help would be a mistake.
+    return run(rest if rest[:1] in (["-h"], ["--help"]) else [*before, *rest])
 
 
 if __name__ == "__main__":
