@@ -67,6 +67,12 @@ def test_bodies_that_are_not_json_leave_no_line(server: TorchServe) -> None:
     assert len(server.logs()) == before
 
 
+def test_a_header_asks_for_the_description(server: TorchServe) -> None:
+    reply = server.predict(content=b"x", headers={"describe": "True"})
+    assert reply.status_code == 200
+    assert [member["name"] for member in reply.json()["members"]] == ["a"]
+
+
 def test_ping_is_healthy_without_any_worker_and_health_is_not(
     server: TorchServe, capsys: pytest.CaptureFixture[str]
 ) -> None:
