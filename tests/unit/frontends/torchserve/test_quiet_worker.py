@@ -30,12 +30,14 @@ def read_body(kind: str, body: bytes) -> object:
     return otf_message_handler._retrieve_input_data(Connection(data))
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """The process' logging as Python starts it, whichever handler was loaded in it before; put back afterwards."""
     root = logging.getLogger()
     loggers = [root, *map(logging.getLogger, ("vmap_ensemble", "ts.metrics"))]
-    levels, filters = [logger.level for logger in loggers], list(root.filters)
-    quieten_worker()
+    levels, filters = [logger.level for logger in loggers], root.filters
+    root.filters = []
+    root.setLevel(logging.WARNING)
     yield
     root.filters = filters
     for logger, level in zip(loggers, levels, strict=True):
@@ -52,12 +54,14 @@ def test_torchserve_itself_logs_a_traceback_of_such_a_body(caplog, kind, body):
 
 
 @pytest.mark.parametrize(("kind", "body"), BODIES)
-def test_a_quiet_worker_does_not(quiet, caplog, kind, body):
+def test_a_quiet_worker_does_not(caplog, kind, body):
+    quieten_worker()
     assert read_body(kind, body)["value"] == body
     assert not caplog.records
 
 
-def test_what_concerns_the_server_is_still_logged(quiet, caplog):
+def test_what_concerns_the_server_is_still_logged(caplog):
+    quieten_worker()
     logging.warning("disk is full")
     logging.getLogger("vmap_ensemble.x").info("loaded")
     assert caplog.messages == ["disk is full", "loaded"]
