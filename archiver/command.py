@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "archive": ("archiver.__main__", (), "build archives: what ./archive.sh does"),
     "check": ("archiver.__main__", ("--check",), "load an archive and ask it: check MAR [INPUT]"),
     "list": ("archiver.__main__", ("--list",), "list the blocks of setup_config.json"),
+    "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 
 
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     module, before, _ = COMMANDS[given[0]]
     run: Callable[[Sequence[str]], int] = importlib.import_module(module).main
-    return run([*before, *given[1:]])
+    rest = given[1:]
+    # Behind --check, which wants a value, --help would be a mistake.
+    return run(rest if rest[:1] in (["-h"], ["--help"]) else [*before, *rest])
 
 
 if __name__ == "__main__":

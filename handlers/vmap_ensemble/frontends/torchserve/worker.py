@@ -26,6 +26,15 @@ def quieten_worker() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     for name in ("vmap_ensemble", "ts.metrics"):  # metrics are log lines, too
         logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger().addFilter(_concerns_the_server)
+
+
+def _concerns_the_server(record: logging.LogRecord) -> bool:
+    """False for the traceback that ts/protocol/otf_message_handler.py logs of each body that isn't what it says.
+
+    Such a body is answered and counted by ours, and whoever sends many of them would fill the log.
+    """
+    return (record.module, record.funcName) != ("otf_message_handler", "_retrieve_input_data")
 
 
 def keep_parts_of_one_name() -> None:
