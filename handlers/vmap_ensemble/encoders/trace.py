@@ -28,10 +28,10 @@ from vmap_ensemble.execution.graph.lowered_model import (
     UnsupportedModel,
     drop_unused_slots,
     mark_batched,
-    only_user,
     replace_node,
     slot_name,
 )
+from vmap_ensemble.execution.graph.patterns import only_user
 
 if TYPE_CHECKING:
     from vmap_ensemble.encoders.forward import PackedEncoderForward

@@ -29,7 +29,7 @@ from vmap_ensemble.execution.cpu.winograd import convolve_tiles
 from vmap_ensemble.execution.graph.joining import join_members
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel
 from vmap_ensemble.execution.graph.lowering import lower_model
-from vmap_ensemble.execution.graph.steps import CONVOLUTIONS
+from vmap_ensemble.execution.graph.patterns import count_convolutions
 from vmap_ensemble.execution.graph.values import find_cut, record_values
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> Pa
     nodes = lowered.nodes()
     head, tail = nodes[:cut], nodes[cut:]
     values = record_values(lowered, head, example)
-    convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
+    convolutions = count_convolutions(nodes)
     replace_pools(lowered.root, head)
     packed = pack_convolutions(lowered, head, values)
     reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
@@ -162,7 +162,7 @@ def _build_all(
 ) -> PreparedForward:
     model, members = whole.model, whole.members
     lowered, count = lower_model(model, members), len(members.names)
-    if not any(node.target in CONVOLUTIONS for node in lowered.nodes()):
+    if not count_convolutions(lowered.nodes()):
         raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
     if packed is None:
         packed = members.device.type == "cpu" and torch.backends.mkldnn.is_available()

@@ -9,7 +9,7 @@ Packed for the example's size they stay right for every other size: oneDNN reord
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,10 +18,11 @@ from vmap_ensemble.execution.cpu.member_threads import MemberThreads
 from vmap_ensemble.execution.cpu.onednn import _ADD, _ADD_IN_PLACE, _CONVOLVE
 from vmap_ensemble.execution.cpu.pooling import halve
 from vmap_ensemble.execution.cpu.winograd import WinogradWeights, choose_tile, convolve_tiles
-from vmap_ensemble.execution.graph.lowered_model import LoweredModel, only_user, replace_node
+from vmap_ensemble.execution.graph.fusing import swallow
+from vmap_ensemble.execution.graph.lowered_model import LoweredModel
+from vmap_ensemble.execution.graph.patterns import ConvolveCall, only_user
 from vmap_ensemble.execution.graph.steps import (
     ACTIVATIONS,
-    CONVOLUTIONS,
     convolve,
 )
 from vmap_ensemble.execution.graph.values import is_consumable
@@ -46,14 +47,11 @@ def pack_convolutions(
     order = {node: position for position, node in enumerate(lowered.graph.nodes)}
     with closing(MemberThreads(torch.get_num_threads() if nodes else 1)) as threads:
         for node in list(nodes):
-            args: Any = node.args
-            if node.target is convolve:
-                x, weight, bias, settings, activation = args
-                other = None
-            elif node.target in CONVOLUTIONS:
-                x, other, weight, bias, settings, activation = args
-            else:
+            call = ConvolveCall.of(node)
+            if call is None:
                 continue
+            x, other, weight, bias = call.x, call.other, call.weight, call.bias
+            settings, activation = call.settings, call.activation
             plain = lowered.slots[weight.name]
             shape = plain.shape[1:] if weight.name in lowered.stacked else plain.shape
             unfilled = torch.empty(shape, dtype=plain.dtype, device="meta")
@@ -80,11 +78,9 @@ def pack_convolutions(
 def _swallow_halving(node: fx.Node, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> bool:
     """Whether max pooling of 2x2 pixels is all that takes the node's value; it becomes part of the node."""
     user = only_user(node)
-    if user is None or user not in nodes or user.target is not halve or user.args[1] != 2:
+    if swallow(node, lambda user: "halve" if user.target is halve and user.args[1] == 2 else None, nodes) is None:
         return False
-    replace_node(user, node)
-    nodes.remove(user)
-    values[node] = values[user]
+    values[node] = values[cast(fx.Node, user)]
     return True
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from vmap_ensemble.execution.cpu.onednn import LINEAR, prepack
 from vmap_ensemble.execution.cpu.pack_convolutions import _add_packed_slot
 from vmap_ensemble.execution.cpu.single_row import RowMatrices
-from vmap_ensemble.execution.graph.lowered_model import LoweredModel, only_user, replace_node
-from vmap_ensemble.execution.graph.lowering import activation_name
+from vmap_ensemble.execution.graph.fusing import swallow
+from vmap_ensemble.execution.graph.lowered_model import LoweredModel
+from vmap_ensemble.execution.graph.patterns import activation_name
 from vmap_ensemble.execution.graph.steps import multiply_members
 from vmap_ensemble.execution.graph.values import is_large_linear
 
@@ -25,6 +26,10 @@ def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.No
 
     A relu behind one becomes part of it, and leaves `nodes`. A layer of all members gets theirs as `JoinedMatrices`.
     """
+
+    def is_relu(user: fx.Node) -> str | None:
+        return "relu" if activation_name(user, lowered.root) == "relu" else None
+
     packed: dict[str, list[Any]] = {}
     for node in list(nodes):
         if not is_large_linear(lowered, node):
@@ -35,7 +40,7 @@ def pack_linears(lowered: LoweredModel, nodes: list[fx.Node], values: dict[fx.No
             continue
         slot = _add_packed_slot(lowered, weight)
         packed[slot.name] = [JoinedMatrices.of(tensor)] if joined else prepack(tensor)
-        activation = "relu" if _swallow_relu(lowered, node, nodes) else "none"
+        activation = swallow(node, is_relu, nodes) or "none"
         node.target = multiply_packed if joined else LINEAR
         node.args = (x, slot, bias, activation) if joined else (x, slot, bias, activation, [], "")
         if joined and not weight.users:
@@ -70,12 +75,3 @@ def multiply_packed(x: Tensor, weights: JoinedMatrices, bias: Tensor | None, act
     biases = [None] * count if bias is None else bias
     parts = zip(x, weights.each, biases, strict=True)
     return torch.stack([LINEAR(row, weight, own, activation, [], "") for row, weight, own in parts])
-
-
-def _swallow_relu(lowered: LoweredModel, node: fx.Node, nodes: list[fx.Node]) -> bool:
-    user = only_user(node)
-    if user is None or user not in nodes or activation_name(user, lowered.root) != "relu":
-        return False
-    replace_node(user, node)
-    nodes.remove(user)
-    return True

@@ -6,7 +6,7 @@ M members, B batch, C channels. Two forms hold all members in one tensor: side b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
 }
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Sequence[Any], activation: str) -> Tensor:
     """One member's fused step in plain torch: what every faster kernel must equal. (B, C, H, W)."""
     padding, stride, dilation, groups = settings
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -34,7 +34,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any]
 
 
 def convolve_add(
-    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str
+    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, settings: Sequence[Any], activation: str
 ) -> Tensor:
     """As `convolve`, with the residual added before the activation."""
     return ACTIVATIONS[activation][0](convolve(x, weight, bias, settings, "none") + other)
