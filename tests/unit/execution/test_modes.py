@@ -18,6 +18,7 @@ from vmap_ensemble.execution import auto, readings, timing
 from vmap_ensemble.execution import modes as execution
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled.packages import CompiledForward
+from vmap_ensemble.execution.cpu import onednn
 from vmap_ensemble.execution.cpu.schedule import Schedule
 from vmap_ensemble.execution.modes import ExecutionOptions
 
@@ -106,7 +107,7 @@ def test_compiled_encoders_run_on_plain_weights(monkeypatch):
     forward = build_encoder_forward(BertForSequenceClassification(config).eval(), members)
     args = torch.randint(5, 50, (2, 4)), torch.ones(2, 4, dtype=torch.long)
     asked = []
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: asked.append(args))
+    monkeypatch.setattr(onednn, "LINEAR", lambda *args: asked.append(args))
     run = build_execution("compiled", forward, [args])
     torch.testing.assert_close(run(*args).logits, forward.loop(*args).logits, rtol=1e-5, atol=1e-6)
     assert (len(compiled), asked) == (1, [])
