@@ -25,6 +25,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "hardswish": (F.hardswish, []),
 }
 
+# Behind linear layers: name -> plain function.
+LINEAR_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Sequence[Any], activation: str) -> Tensor:
     """One member's fused step in plain torch: what every faster kernel must equal. (B, C, H, W)."""
@@ -41,6 +49,16 @@ def convolve_add(
 
 
 CONVOLUTIONS = (convolve, convolve_add)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """A linear layer and its activation, one of `LINEAR_ACTIVATIONS`: (..., in) -> (..., out)."""
+    return LINEAR_ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def linear_add(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer and a residual of its result's shape."""
+    return F.linear(x, weight, bias) + other
 
 
 def split_members(x: Tensor, count: int) -> Tensor:
