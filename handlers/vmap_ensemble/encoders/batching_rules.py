@@ -27,6 +27,7 @@ from torch._C._functorch import (
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
+from vmap_ensemble.execution.cpu import onednn
 from vmap_ensemble.execution.cpu.onednn import can_prepack, prepack
 from vmap_ensemble.execution.timing import time_call
 
@@ -221,7 +222,7 @@ def _multiply_packed(rows: Tensor, matrices: list[Tensor], biases: Sequence[Tens
 
 
 def _multiply_row(row: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(row, matrix, bias, "none", [], "")
+    return onednn.multiply(row, matrix, bias)
 
 
 def normalise(

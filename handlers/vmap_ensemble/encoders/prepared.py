@@ -8,7 +8,7 @@ as one custom operator whose vmap rule runs the members, on a core each where th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.encoders.packing import pack
-from vmap_ensemble.encoders.trace import LINEAR_ADD, graph_arguments, linear_joined, trace_encoder
+from vmap_ensemble.encoders.trace import PackedForward, graph_arguments, linear_joined, trace_encoder
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.execution.cpu.onednn import LINEAR
+from vmap_ensemble.execution.cpu.layers import add_packed_slot, write_step
+from vmap_ensemble.execution.cpu.onednn import linear_add_step, linear_step
 from vmap_ensemble.execution.cpu.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.execution.cpu.schedule import Schedule
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel, drop_unused_slots, slot_name
-from vmap_ensemble.execution.graph.steps import MIN_LINEAR_WEIGHTS
+from vmap_ensemble.execution.graph.steps import MIN_LINEAR_WEIGHTS, linear, linear_add
 from vmap_ensemble.execution.timing import Budget, time_block
-
-if TYPE_CHECKING:
-    from vmap_ensemble.encoders.forward import PackedEncoderForward
 
 # Relative to the largest output; the same products in another order.
 TOLERANCE = 1e-5
@@ -50,7 +48,7 @@ class PreparedEncoder:
         Shares the packed matrices of the forward's rules; query, key and value are packed once more, joined.
     """
 
-    def __init__(self, forward: PackedEncoderForward, example: tuple[Any, ...]) -> None:
+    def __init__(self, forward: PackedForward, example: tuple[Any, ...]) -> None:
         tensors = [tensor for tensor in forward.members.tensors() if tensor.is_floating_point()]
         if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
             raise UnsupportedModel("expected float32 weights on a CPU; use eager or compiled")
@@ -68,7 +66,7 @@ class PreparedEncoder:
             self._choose_schedule(tokens)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
-        """Run every member on one batch of texts; see `PackedEncoderForward`."""
+        """Run every member on one batch of texts; arguments and outputs as the packed forward's."""
         if (token_type_ids is not None) != self._with_types:
             return self.forward(input_ids, attention_mask, token_type_ids)
         packing = pack(attention_mask)
@@ -81,7 +79,8 @@ class PreparedEncoder:
     def _draw(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         generator = torch.Generator().manual_seed(len(lengths))
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-        ids = torch.randint(5, self.forward.model.config.vocab_size, mask.shape, generator=generator)
+        config: Any = self.forward.model.config
+        ids = torch.randint(5, config.vocab_size, mask.shape, generator=generator)
         return ids, mask, torch.zeros_like(ids) if self._with_types else None
 
     def _check(self, lengths: list[int]) -> None:
@@ -121,7 +120,7 @@ def pack_layers(lowered: LoweredModel, pack_weight: Callable[[Tensor], list[Tens
     for node in lowered.nodes():
         if node.target is linear_joined:
             _pack_joined(lowered, node, packed, pack_weight)
-        elif node.target in (LINEAR, LINEAR_ADD):
+        elif node.target in (linear, linear_add):
             _pack_one(lowered, node, packed, pack_weight)
     drop_unused_slots(lowered)
     return packed
@@ -130,16 +129,21 @@ def pack_layers(lowered: LoweredModel, pack_weight: Callable[[Tensor], list[Tens
 def _pack_one(
     lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: Callable[[Tensor], list[Tensor]]
 ) -> None:
-    place = 1 if node.target is LINEAR else 2
-    weight: Any = node.args[place]
+    args: Any = node.args
+    weight = args[1] if node.target is linear else args[2]
     tensor = lowered.value(weight.name)
-    is_plain = node.target is LINEAR and node.args[3] == "none"
+    is_plain = node.target is linear and args[3] == "none"
     if is_plain and tensor.shape[-2:].numel() < MIN_LINEAR_WEIGHTS:
-        node.target, node.args = F.linear, node.args[:3]
+        write_step(node, (F.linear, args[:3]))
         return
-    slot = lowered.add_slot(slot_name(f"{weight.name}_packed"), tensor, weight.name in lowered.stacked)
+    slot = add_packed_slot(lowered, weight)
     packed[slot.name] = pack_weight(tensor)
-    node.update_arg(place, slot)
+    if node.target is linear:
+        x, _, bias, activation = args
+        write_step(node, linear_step(x, slot, bias, activation))
+    else:
+        x, other, _, bias = args
+        write_step(node, linear_add_step(x, other, slot, bias))
 
 
 def _pack_joined(
@@ -150,7 +154,7 @@ def _pack_joined(
     packed[weight.name] = pack_weight(lowered.value(weight.name))
     lowered.slots[weight.name] = packed[weight.name][0]  # the plain copy gives its memory back
     bias = None if biases is None else _join_slots(lowered, biases)
-    node.target, node.args = LINEAR, (x, weight, bias, "none", [], "")
+    write_step(node, linear_step(cast(fx.Node, x), weight, bias, "none"))
 
 
 def _join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:

@@ -10,33 +10,30 @@ Traced once with symbolic numbers of texts and tokens, so that the graph serves 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.attention import attend_joined
 from vmap_ensemble.encoders.packing import Group, Packing
-from vmap_ensemble.execution.cpu.onednn import LINEAR
+from vmap_ensemble.execution.graph.fusing import fuse_addition, swallow
 from vmap_ensemble.execution.graph.lowered_model import (
     LoweredModel,
     UnsupportedModel,
     drop_unused_slots,
     mark_batched,
-    only_user,
     replace_node,
     slot_name,
 )
+from vmap_ensemble.execution.graph.steps import linear, linear_add
 
-if TYPE_CHECKING:
-    from vmap_ensemble.encoders.forward import PackedEncoderForward
-
-LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
 _ATTEND = torch.ops.vmap_ensemble.attend_packed.default
 _aten = torch.ops.aten
 _SIZE = _aten.sym_size.int
@@ -44,8 +41,23 @@ _SIZE = _aten.sym_size.int
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.transpose.int, _aten.permute.default)
 
 
+# Registered at import: a name is defined once in a process. Tracing goes through every function of Python and stops
+# at operators, so a linear layer has to be one to stay whole; no graph that runs holds it.
+@torch.library.custom_op("vmap_ensemble::whole_linear", mutates_args=())
+def _whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+@_whole_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_LINEAR = torch.ops.vmap_ensemble.whole_linear.default
+
+
 class _Layers(TorchFunctionMode):
-    """Keeps F.linear whole, as the operator that takes packed weights, and leaves dropout out."""
+    """Keeps F.linear whole, and leaves dropout out."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
@@ -56,10 +68,48 @@ class _Layers(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return LINEAR(input, weight, bias, "none", [], "")
+    return _LINEAR(input, weight, bias)
 
 
-def trace_encoder(forward: PackedEncoderForward, with_types: bool) -> tuple[LoweredModel, Any]:
+class PackedForward(Protocol):
+    """What is asked of the forward of an encoder without padding, of which a flat graph is made."""
+
+    @property
+    def members(self) -> StackedMembers:
+        """The stacked members."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The architecture, a Hugging Face one."""
+
+    @property
+    def longest(self) -> int:
+        """The longest text in tokens."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Run every member on one batch of texts, (B, S) each: outputs (M, B, ...)."""
+
+    def member_state(self, index: int) -> dict[str, Tensor]:
+        """The state dict of one member."""
+
+    def packed_weights(self, weight: Tensor) -> list[Tensor]:
+        """Reordered matrices of (M, out, in) or (out, in) weights."""
+
+    def pack_rows(
+        self, packing: Packing, input_ids: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Ids, token types and position ids of the real tokens: (B, S) each -> (1, T)."""
+
+    def run_state(
+        self, state: dict[str, Tensor], packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor
+    ) -> Any:
+        """Run a member's state dict on what `pack_rows` gives."""
+
+    def unpack_outputs(self, outputs: Any, packing: Packing) -> Any:
+        """Outputs of a packed row as those of a batch."""
+
+
+def trace_encoder(forward: PackedForward, with_types: bool) -> tuple[LoweredModel, Any]:
     """Trace one member and fuse its steps.
 
     Args:
@@ -105,13 +155,13 @@ def graph_arguments(packing: Packing, mask: Tensor, rows: tuple[Tensor | None, .
     Args:
         packing: Of the batch.
         mask: (B, S), of which only the size counts.
-        rows: What `PackedEncoderForward.pack_rows` gives.
+        rows: What `PackedForward.pack_rows` gives.
     """
     table = torch.tensor([(group.start, group.count, group.length) for group in packing.groups])
     return [*(row for row in rows if row is not None), packing.index, packing.first, mask, table]
 
 
-def _open_slots(traced: fx.GraphModule, forward: PackedEncoderForward, keys: dict[int, str]) -> LoweredModel:
+def _open_slots(traced: fx.GraphModule, forward: PackedForward, keys: dict[int, str]) -> LoweredModel:
     """Replace the first member's tensors by slots, one each, and keep what isn't a member's."""
     _unify_sizes(traced.graph)
     lowered = LoweredModel(fx_graph_cse(traced.graph), traced)
@@ -144,9 +194,9 @@ def _simplify(lowered: LoweredModel) -> None:
     graph = lowered.graph
     for node in graph.find_nodes(op="call_function", target=_aten.native_layer_norm.default):
         _shorten_layer_norm(node)
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
-        _fuse_activation(node)
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
+    for node in graph.find_nodes(op="call_function", target=_LINEAR):
+        node.target, node.args, node.kwargs = linear, (*node.args, swallow(node, _activation_name) or "none"), {}
+    for node in graph.find_nodes(op="call_function", target=linear):
         _fuse_addition(node)
     for node in graph.find_nodes(op="call_function", target=_ATTEND):
         _join_attention(node)
@@ -167,31 +217,22 @@ def _shorten_layer_norm(node: fx.Node) -> None:
             replace_node(user, new)
 
 
-def _fuse_activation(node: fx.Node) -> None:
-    user = only_user(node)
-    if user is None:
-        return
-    if user.target is _aten.gelu.default:
-        node.args = (*node.args[:3], "gelu", [], user.kwargs.get("approximate", "none"))
-    elif user.target is _aten.relu.default:
-        node.args = (*node.args[:3], "relu", [], "")
-    else:
-        return
-    replace_node(user, node)
+def _activation_name(node: fx.Node) -> str | None:
+    """Which of `LINEAR_ACTIVATIONS` a node is."""
+    if node.target is _aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return "relu" if node.target is _aten.relu.default else None
 
 
 def _fuse_addition(node: fx.Node) -> None:
-    user = only_user(node)
-    x, weight, bias, activation = node.args[:4]
-    if user is None or user.target is not _aten.add.Tensor or user.kwargs or activation != "none":
-        return
-    other: Any = user.args[1] if user.args[0] is node else user.args[0]
-    if not isinstance(other, fx.Node) or other is node or other.meta["val"].shape != node.meta["val"].shape:
-        return
-    with node.graph.inserting_before(user):
-        new = node.graph.call_function(LINEAR_ADD, (x, other, weight, bias, "add"))
-    new.meta = dict(user.meta)
-    replace_node(user, new)
+    x, weight, bias, activation = node.args
+
+    def with_residual(other: fx.Node) -> Any:
+        fits = other.meta["val"].shape == node.meta["val"].shape
+        return (linear_add, (x, other, weight, bias)) if fits else None
+
+    if activation == "none":
+        fuse_addition(node, lambda user: user.target is _aten.add.Tensor, with_residual)
 
 
 def _join_attention(node: fx.Node) -> None:
@@ -224,7 +265,7 @@ def linear_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, 
 def _product_behind(node: fx.Node) -> Any:
     """The plain linear layer whose rows these heads are; None if anything else is in between."""
     for step in _climb(node):
-        if step.target is LINEAR:
+        if step.target is linear:
             return step if step.args[3] == "none" else None
         if step.target not in _VIEWS:
             return None

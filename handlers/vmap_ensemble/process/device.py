@@ -39,8 +39,13 @@ def choose_device(name: str | None, gpu_id: int | None = None) -> torch.device:
     return torch.device(name or default)
 
 
+def has_float16_kernels() -> bool:
+    """Whether this CPU multiplies float16; the one question to oneDNN that is asked here, below its module."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a name (`fp32`, `fp16`, `bf16`), with a warning where the device has no kernels for it."""
-    if name == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if name == "fp16" and device.type == "cpu" and not has_float16_kernels():
         logger.warning("this CPU has no float16 kernels: fp16 is far slower here than fp32; see docs/precision.md")
     return DTYPES[name]

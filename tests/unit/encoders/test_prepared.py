@@ -14,10 +14,9 @@ from vmap_ensemble.encoders.build import build_encoder_forward
 from vmap_ensemble.encoders.forward import PackedEncoderForward
 from vmap_ensemble.encoders.packing import pack
 from vmap_ensemble.encoders.prepared import PreparedEncoder
-from vmap_ensemble.encoders.trace import LINEAR_ADD
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.build import build_execution
-from vmap_ensemble.execution.cpu.onednn import LINEAR
+from vmap_ensemble.execution.cpu.onednn import LINEAR, LINEAR_ADD
 from vmap_ensemble.execution.cpu.schedule import Schedule
 from vmap_ensemble.execution.graph.lowered_model import UnsupportedModel
 
@@ -91,7 +90,7 @@ def test_what_members_share_is_computed_once(own, monkeypatch):
         prepared = PreparedEncoder(forward, inputs)
         assert_equal(prepared(*inputs), forward.loop(*inputs), inputs[1], "sequence")
     (run,) = calls
-    shared = sum(node.target is attend_joined for node in run._trunk.graph.nodes)
+    shared = sum(node.target is attend_joined for node in run._parts.trunk.graph.nodes)
     assert shared == {("query", "classifier"): 0, ("layer.1", "classifier"): 1}.get(own, 2)
 
 

@@ -21,6 +21,7 @@ from vmap_ensemble.execution import register
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled import mode as compiled_mode
 from vmap_ensemble.execution.compiled.packages import CompiledForward
+from vmap_ensemble.execution.cpu import onednn
 from vmap_ensemble.execution.modes import ExecutionOptions
 from vmap_ensemble.execution.register import find_mode
 
@@ -110,7 +111,7 @@ def test_compiled_encoders_run_on_plain_weights(monkeypatch):
     forward = build_encoder_forward(BertForSequenceClassification(config).eval(), members)
     args = torch.randint(5, 50, (2, 4)), torch.ones(2, 4, dtype=torch.long)
     asked = []
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: asked.append(args))
+    monkeypatch.setattr(onednn, "LINEAR", lambda *args: asked.append(args))
     run = build_execution("compiled", forward, [args])
     torch.testing.assert_close(run(*args).logits, forward.loop(*args).logits, rtol=1e-5, atol=1e-6)
     assert (len(compiled), asked) == (1, [])

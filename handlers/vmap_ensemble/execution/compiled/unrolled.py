@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from vmap_ensemble.core.forward import EnsembleForward
-from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel, extract_program
+from vmap_ensemble.execution.graph.lowered_model import LoweredModel, Program, UnsupportedModel
 from vmap_ensemble.execution.graph.lowering import lower_model
-from vmap_ensemble.execution.graph.steps import CONVOLUTIONS
+from vmap_ensemble.execution.graph.partition import partition
+from vmap_ensemble.execution.graph.patterns import count_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -78,21 +80,20 @@ class UnrolledGraph(nn.Module):
     def __init__(self, lowered: LoweredModel, count: int) -> None:
         super().__init__()
         nodes = lowered.nodes()
-        if not any(node.target in CONVOLUTIONS for node in nodes):
+        if not count_convolutions(nodes):
             raise UnsupportedModel(f"{type(lowered.root).__name__} has no 2-d convolution")
-        own = [node for node in nodes if node in lowered.batched]
-        shared = [node for node in nodes if node not in lowered.batched]
-        self._one_by_one = not own or any(node.target in CONVOLUTIONS for node in own)
-        (output,) = (node for node in lowered.graph.nodes if node.op == "output")
-        member = extract_program(lowered, own, output.args[0])
-        trunk = extract_program(lowered, shared, tuple(node for node in member.inputs if node in set(shared)))
+        parts = partition(lowered, nodes)
+        own_nodes = [node for node in nodes if node in lowered.batched]
+        self._one_by_one = parts.own is None or count_convolutions(own_nodes) > 0
         self._arguments = [node.name for node in lowered.arguments()]
-        self._trunk_inputs = [node.name for node in trunk.inputs]
-        self._trunk_outputs = [node.name for node in member.inputs if node in set(shared)]
-        self._member_inputs = [node.name for node in member.inputs]
-        self._trunk_slots = self._keep("shared", {name: lowered.value(name) for name in trunk.slots})
-        slots = {name: lowered.value(name) for name in member.slots}
-        self._dims = tuple(0 if name in lowered.stacked else None for name in slots)
+        self._trunk = _Part(lowered, parts.trunk, parts.trunk_outputs)
+        self._own = None if parts.own is None else _Part(lowered, parts.own, parts.own_outputs)
+        self._nest = _Part(lowered, parts.tail, ())
+        self._trunk_slots = self._keep("shared", {name: lowered.value(name) for name in parts.trunk.slots})
+        names = dict.fromkeys([*(parts.own.slots if parts.own else ()), *parts.tail.slots])
+        self._slots = list(names)
+        slots = {name: lowered.value(name) for name in names}
+        self._dims = tuple(0 if name in lowered.stacked else None for name in names)
         self._stacks, self._member_slots = [], []
         if self._one_by_one:
             for index in range(count):
@@ -100,8 +101,6 @@ class UnrolledGraph(nn.Module):
                 self._member_slots.append(self._keep(f"member{index}", rows))
         else:
             self._stacks = self._keep("stack", slots)
-        self._run_trunk = fx.GraphModule(lowered.root, trunk.graph)
-        self._run_member = fx.GraphModule(lowered.root, member.graph)
 
     def _keep(self, prefix: str, tensors: dict[str, Tensor]) -> list[str]:
         """Make buffers of them, which a compiler takes for constants; their names."""
@@ -115,11 +114,32 @@ class UnrolledGraph(nn.Module):
     def forward(self, *args: Tensor) -> Any:
         """Run every member on the same arguments: (B, ...) -> (M, B, ...)."""
         values: dict[str, Any] = dict(zip(self._arguments, args, strict=False))
-        trunk = self._run_trunk(*[values[name] for name in self._trunk_inputs], *self._kept(self._trunk_slots))
-        values.update(zip(self._trunk_outputs, trunk, strict=True))
-        inputs = [values[name] for name in self._member_inputs]
+        trunk_slots = zip(self._trunk.slots, self._kept(self._trunk_slots), strict=True)
+        values = self._trunk.add_to(values, dict(trunk_slots))
         if not self._one_by_one:
-            in_dims = (*(None for _ in inputs), *self._dims)
-            return vmap(self._run_member, in_dims=in_dims)(*inputs, *self._kept(self._stacks))
-        outputs = [self._run_member(*inputs, *self._kept(names)) for names in self._member_slots]
+            return vmap(partial(self._member, values), in_dims=self._dims)(*self._kept(self._stacks))
+        outputs = [self._member(values, *self._kept(names)) for names in self._member_slots]
         return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+
+    def _member(self, values: dict[str, Any], *tensors: Tensor) -> Any:
+        """One member's output from what all share: (B, ...)."""
+        slots = dict(zip(self._slots, tensors, strict=True))
+        if self._own is not None:
+            values = self._own.add_to(values, slots)
+        return self._nest.run(values, slots)
+
+
+class _Part(nn.Module):
+    """A part of the graph on values by name, as a compiler can look through it."""
+
+    def __init__(self, lowered: LoweredModel, program: Program, outputs: tuple[fx.Node, ...]) -> None:
+        super().__init__()
+        self.inputs, self.slots = [node.name for node in program.inputs], program.slots
+        self.outputs = [node.name for node in outputs]
+        self.module = fx.GraphModule(lowered.root, program.graph)
+
+    def run(self, values: dict[str, Any], slots: dict[str, Tensor]) -> Any:
+        return self.module(*(values[name] for name in self.inputs), *(slots[name] for name in self.slots))
+
+    def add_to(self, values: dict[str, Any], slots: dict[str, Tensor]) -> dict[str, Any]:
+        return {**values, **dict(zip(self.outputs, self.run(values, slots), strict=True))}

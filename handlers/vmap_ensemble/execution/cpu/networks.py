@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.proof import prove_equal
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.execution.cpu.onednn import check_dtypes
+from vmap_ensemble.execution.cpu.onednn import reasons_against_dtypes
 from vmap_ensemble.execution.cpu.pack_convolutions import pack_convolutions
 from vmap_ensemble.execution.cpu.pack_linears import pack_linears
 from vmap_ensemble.execution.cpu.pooling import replace_pools
 from vmap_ensemble.execution.cpu.prepared import JoinedBlocks, PackedGraph, Prepared, PreparedForward
 from vmap_ensemble.execution.cpu.schedule import Schedule, choose_schedule
-from vmap_ensemble.execution.cpu.winograd import convolve_tiles
 from vmap_ensemble.execution.graph.joining import join_members
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel
 from vmap_ensemble.execution.graph.lowering import lower_model
-from vmap_ensemble.execution.graph.steps import CONVOLUTIONS
+from vmap_ensemble.execution.graph.patterns import count_convolutions
 from vmap_ensemble.execution.graph.values import find_cut, record_values
 
 if TYPE_CHECKING:
@@ -43,18 +42,16 @@ def pack_graph(lowered: LoweredModel, cut: int, example: Sequence[Tensor]) -> Pa
     nodes = lowered.nodes()
     head, tail = nodes[:cut], nodes[cut:]
     values = record_values(lowered, head, example)
-    convolutions = sum(node.target in CONVOLUTIONS for node in nodes)
+    convolutions = count_convolutions(nodes)
     replace_pools(lowered.root, head)
-    packed = pack_convolutions(lowered, head, values)
+    packed, convolved = pack_convolutions(lowered, head, values)
+    linears, multiplied = pack_linears(lowered, head, values)
     reason = f"{convolutions} convolutions fused, {len(packed)} of them on prepacked weights"
-    in_tiles = sum(node.target is convolve_tiles for node in head)
-    if in_tiles:
-        reason += f", {in_tiles} of them in Winograd's tiles"
-    linears = pack_linears(lowered, head, values)
+    if head and convolved.against:
+        reason += f" [{convolved}]"
     if linears:
-        reason += f", and {len(linears)} linear layers"
-    packed = {**packed, **linears}
-    return PackedGraph(head, tail, values, packed, reason)
+        reason += f", and {len(linears)} linear layers [{multiplied}]"
+    return PackedGraph(head, tail, values, {**packed, **linears}, reason)
 
 
 def prepare(
@@ -69,7 +66,7 @@ def prepare(
 
     Args:
         model: The architecture in eval mode. Its own tensors are dropped, as `EnsembleForward` does.
-        members: M stacked members: float32, or half precision where the device multiplies it (`check_dtypes`).
+        members: M stacked members: float32, or half precision where `reasons_against_dtypes` has none.
         example: The forward's arguments, (B, ...), of the size that is expected most often. Other batch and
             image sizes give right results too.
         packed: Run on oneDNN's prepacked weights; by default wherever the members are on a CPU.
@@ -114,7 +111,9 @@ def build_prepared(
             the schedule.
         LoadError: The members don't fill the model, or it is in training mode.
     """
-    check_dtypes(members)
+    reasons = reasons_against_dtypes(members)
+    if reasons:
+        raise UnsupportedModel("; ".join(reasons))
     with torch.no_grad():
         whole = EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
         if schedule is None:
@@ -162,7 +161,7 @@ def _build_all(
 ) -> PreparedForward:
     model, members = whole.model, whole.members
     lowered, count = lower_model(model, members), len(members.names)
-    if not any(node.target in CONVOLUTIONS for node in lowered.nodes()):
+    if not count_convolutions(lowered.nodes()):
         raise UnsupportedModel(f"{type(model).__name__} has no 2-d convolution to prepare")
     if packed is None:
         packed = members.device.type == "cpu" and torch.backends.mkldnn.is_available()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from vmap_ensemble.execution.graph.patterns import MaxPool, pools_to_means
+
 # Kernel and padding of the max pooling that halves an image of even sides.
 _HALVING = {(2, 0), (3, 1)}
 
@@ -20,11 +22,10 @@ def replace_pools(root: nn.Module, nodes: list[fx.Node]) -> None:
         nodes: Those of the graph to look at.
     """
     for node in nodes:
-        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        kernel = _halving_kernel(node, module)
+        kernel = _halving_kernel(node, root)
         if kernel is not None:
             _call(node, halve, (node.args[0], kernel))
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+        elif pools_to_means(node, root):
             _call(node, torch.mean, (node.args[0], (-2, -1), True))
 
 
@@ -48,23 +49,13 @@ def _halve_side(x: Tensor, dim: int, kernel: int) -> Tensor:
     return largest
 
 
-def _halving_kernel(node: fx.Node, module: nn.Module | None) -> int | None:
+def _halving_kernel(node: fx.Node, root: nn.Module) -> int | None:
     """The side of the windows, if the node is a max pooling that `halve` knows."""
-    if isinstance(module, nn.MaxPool2d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        settings = {name: getattr(module, name) for name in names}
-    elif node.target is F.max_pool2d and len(node.args) <= 4:
-        settings = dict(zip(("kernel_size", "stride", "padding"), node.args[1:], strict=False)) | node.kwargs
-        if settings.get("stride") is None:
-            settings["stride"] = settings.get("kernel_size")
-    else:
+    pool = MaxPool.of(node, root)
+    if pool is None or pool.ceil_mode:
         return None
-    kernel, stride, padding, dilation = (
-        _side(settings.get(name, default))
-        for name, default in (("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1))
-    )
-    plain = not settings.get("ceil_mode") and not settings.get("return_indices")
-    return kernel if plain and (kernel, padding) in _HALVING and stride == 2 and dilation == 1 else None
+    kernel, stride, padding, dilation = map(_side, pool[:4])
+    return kernel if (kernel, padding) in _HALVING and stride == 2 and dilation == 1 else None
 
 
 def _side(value: Any) -> int | None:

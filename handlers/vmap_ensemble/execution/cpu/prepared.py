@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from vmap_ensemble.execution.cpu.member_threads import MemberThreads
 from vmap_ensemble.execution.cpu.schedule import Schedule
-from vmap_ensemble.execution.graph.lowered_model import LoweredModel, Program, extract_program
+from vmap_ensemble.execution.graph.lowered_model import LoweredModel, Program
+from vmap_ensemble.execution.graph.partition import argument_positions, partition
 from vmap_ensemble.execution.graph.values import member_slot
 
 Result = TypeVar("Result")
@@ -66,37 +67,22 @@ class PreparedForward:
     """
 
     def __init__(self, lowered: LoweredModel, count: int, parts: PackedGraph, joint: bool = False) -> None:
-        (output,) = (node for node in lowered.graph.nodes if node.op == "output")
-        head, tail, values, packed = parts.head, parts.tail, parts.values, parts.packed
+        self._parts = divided = partition(lowered, parts.head, parts.tail, parts.values)
+        packed, own = parts.packed, divided.own
+        self._body = None if own is None else _Body(lowered, own, packed, count)
         self._arguments = lowered.arguments()
-        # Sizes and other plain values are cheap: each part works them out anew, and only tensors are passed on.
-        plain = {n for n in head if not isinstance(values[n], Tensor)}
-        apart = lowered.batched - lowered.joined
-        own = [n for n in head if n in apart or n in plain]
-        shared = [n for n in head if n not in apart]
-        tail = [*_needed_by(plain, head, [*tail, output]), *tail]
-        used = [n for n in head if n not in plain]
-        self.shares_steps = any(n not in plain for n in shared)
-        body_outputs = [n for n in _used_by(used, [*tail, output]) if n in apart]
-        self._body = _Body(lowered, own, body_outputs, packed, count) if body_outputs else None
-        self._trunk_outputs = [n for n in _used_by(used, [*own, *tail, output]) if n not in apart]
-        self._joined = [n for n in self._trunk_outputs if n in lowered.joined]
-        own_inputs = self._body.program.inputs if self._body else ()
-        self._body_dims = [0 if node in lowered.joined else None for node in own_inputs]
-        self._trunk = extract_program(lowered, shared, tuple(self._trunk_outputs))
-        self._run_trunk = self._trunk.compile()
-        self._trunk_inputs = [self._arguments.index(node) for node in self._trunk.inputs]
-        self._trunk_slots = [packed[name][0] if name in packed else lowered.value(name) for name in self._trunk.slots]
-        self._tail = extract_program(lowered, tail, output.args[0])
-        self._run_tail = self._tail.compile()
-        self._body_outputs = body_outputs
-        self._tail_slots = [lowered.value(name) for name in self._tail.slots]
-        self._leaves_steps = bool(tail) or not set(self._tail.inputs) <= {*lowered.joined, *body_outputs}
-        self._tail_dims = tuple(0 if name in lowered.stacked else None for name in self._tail.slots)
+        self._run_trunk, self._run_tail = divided.trunk.compile(), divided.tail.compile()
+        self._trunk_inputs = argument_positions(lowered, divided.trunk)
+        self._trunk_slots = [
+            packed[name][0] if name in packed else lowered.value(name) for name in divided.trunk.slots
+        ]
+        self._tail_slots = [lowered.value(name) for name in divided.tail.slots]
+        self._tail_dims = tuple(0 if name in lowered.stacked else None for name in divided.tail.slots)
+        self._body_dims, self._leaves_steps = divided.own_dims, not divided.gives_members_values
         device = next(iter(lowered.slots.values())).device
         self._index = torch.arange(count, device=device)
-        self.channels_last = bool(head) or device.type == "cuda"
-        self.reason = parts.reason
+        self.channels_last = bool(parts.head) or device.type == "cuda"
+        self.reason, self.shares_steps = parts.reason, divided.shares_steps
         self._schedule = Schedule(joint, count if joint else 1)
 
     @property
@@ -142,9 +128,9 @@ class PreparedForward:
             if not self._leaves_steps:
                 if self._body:
                     outputs = self._body.run_all(self._body.inputs_of(env), self._body_dims)
-                    env.update(zip(self._body_outputs, outputs, strict=True))
-                return self._run_tail(*(env[node] for node in self._tail.inputs))
-            joined = [env[node] for node in self._joined]
+                    env.update(zip(self._parts.own_outputs, outputs, strict=True))
+                return self._run_tail(*(env[node] for node in self._parts.tail.inputs))
+            joined = [env[node] for node in self._parts.joined]
             in_dims = (0, *[0] * len(joined), *self._tail_dims)
             return vmap(partial(self._member, env), in_dims=in_dims)(self._index, *joined, *self._tail_slots)
 
@@ -154,7 +140,7 @@ class PreparedForward:
             args = self._in_body(lambda: tuple(_to_channels_last(arg) for arg in args))
         trunk = self._run_trunk(*[args[index] for index in self._trunk_inputs], *self._trunk_slots)
         env = dict(zip(self._arguments, args, strict=False))
-        env.update(zip(self._trunk_outputs, trunk, strict=True))
+        env.update(zip(self._parts.trunk_outputs, trunk, strict=True))
         return env
 
     def _in_body(self, job: Callable[[], Result]) -> Result:
@@ -162,12 +148,12 @@ class PreparedForward:
         return self._body.threads.call(job) if self._body else job()
 
     def _member(self, env: dict[fx.Node, Any], index: Tensor, *values: Tensor) -> Any:
-        joined, slots = values[: len(self._joined)], values[len(self._joined) :]
-        env = {**env, **dict(zip(self._joined, joined, strict=True))}
+        joined, slots = values[: len(self._parts.joined)], values[len(self._parts.joined) :]
+        env = {**env, **dict(zip(self._parts.joined, joined, strict=True))}
         if self._body:
             outputs = torch.ops.vmap_ensemble.run_member(self._body.handle, index, self._body.inputs_of(env))
-            env.update(zip(self._body_outputs, outputs, strict=True))
-        return self._run_tail(*(env[node] for node in self._tail.inputs), *slots)
+            env.update(zip(self._parts.own_outputs, outputs, strict=True))
+        return self._run_tail(*(env[node] for node in self._parts.tail.inputs), *slots)
 
 
 class JoinedBlocks:
@@ -203,13 +189,11 @@ class _Body:
     def __init__(
         self,
         lowered: LoweredModel,
-        nodes: list[fx.Node],
-        outputs: list[fx.Node],
+        program: Program,
         packed: dict[str, list[Any]],
         count: int,
     ) -> None:
-        self.program: Program = extract_program(lowered, nodes, tuple(outputs))
-        self.run = self.program.compile()
+        self.program, self.run = program, program.compile()
         self.slots = [
             [member_slot(lowered, packed, name, index) for name in self.program.slots] for index in range(count)
         ]
@@ -247,6 +231,7 @@ class _Body:
 _handles = itertools.count()
 _bodies: WeakValueDictionary[int, _Body] = WeakValueDictionary()
 
+# Registered at import: a name is defined once in a process, and there are no members that it would depend on.
 # Packed weights are opaque to torch.stack, so the operator takes a handle of them and the member's index.
 _library = torch.library.Library("vmap_ensemble", "FRAGMENT")
 _library.define("run_member(int body, Tensor member, Tensor[] inputs) -> Tensor[]")
@@ -265,21 +250,6 @@ def _run_members(info: Any, in_dims: Any, body: int, member: Tensor, inputs: lis
 
 _library.impl("run_member", _run_member, "CompositeExplicitAutograd")
 torch.library.register_vmap("vmap_ensemble::run_member", _run_members, lib=_library)
-
-
-def _used_by(nodes: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
-    """Which of the nodes later ones take."""
-    users = set(later)
-    return [node for node in nodes if users.intersection(node.users)]
-
-
-def _needed_by(plain: set[fx.Node], head: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
-    """Which plain values later nodes take, and what those are worked out from, in the graph's order."""
-    needed = set(later)
-    for node in reversed(head):
-        if node in plain and needed.intersection(node.users):
-            needed.add(node)
-    return [node for node in head if node in needed]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

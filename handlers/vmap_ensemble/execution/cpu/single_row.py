@@ -34,15 +34,16 @@ class RowMatrices:
     filters: int
 
     @classmethod
-    def of(cls, weight: Tensor) -> RowMatrices | None:
-        """From plain ones, (M, out, in); None where the kernel doesn't take them, or this machine has none."""
-        target, library = instruction_set(), load_library()
-        if target is None or library is None or weight.dtype not in _DTYPES or weight.device.type != "cpu":
-            return None
+    def of(cls, weight: Tensor) -> RowMatrices:
+        """From plain ones, (M, out, in).
+
+        Raises:
+            ValueError: There are `reasons_against` them.
+        """
+        library, reasons = load_library(), reasons_against(weight)
+        if library is None or reasons:
+            raise ValueError(f"expected matrices for the kernel of single rows, got some that are {reasons}")
         count, filters, columns = weight.shape
-        # Every 0 is left out, whatever it would be multiplied by: 0 * inf isn't 0.
-        if filters % target.lanes or columns >= 2**31 or not bool(weight.isfinite().all()):
-            return None
         values, start = torch.empty(count, filters * columns, dtype=weight.dtype), 0
         for panel in weight.split(library.single_row_panel(), dim=1):
             end = start + panel.shape[1] * columns
@@ -70,3 +71,22 @@ class RowMatrices:
         if not done:
             raise RuntimeError("can't allocate memory for the inputs of a linear layer")
         return y
+
+
+def reasons_against(weight: Tensor) -> list[str]:
+    """Why the kernel doesn't take the members' matrices, (M, out, in); empty if it does."""
+    target = instruction_set()
+    if target is None or load_library() is None:
+        return ["no kernel here"]
+    reasons = []
+    if weight.dtype not in _DTYPES or weight.device.type != "cpu":
+        reasons.append(f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}")
+    _, filters, columns = weight.shape
+    if filters % target.lanes:
+        reasons.append(f"no multiple of {target.lanes} outputs")
+    if columns >= 2**31:
+        reasons.append("too many inputs")
+    # Every 0 is left out, whatever it would be multiplied by: 0 * inf isn't 0. Looked at last: it reads all weights.
+    if not reasons and not bool(weight.isfinite().all()):
+        reasons.append("not finite")
+    return reasons

@@ -12,12 +12,14 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vmap_ensemble.execution.cpu.kernel_library import instruction_set, load_library
+from vmap_ensemble.execution.cpu.layers import ConvolutionKernel, ConvolutionLayer
+from vmap_ensemble.execution.cpu.onednn import Step
+from vmap_ensemble.execution.graph.patterns import ConvolveCall
 
 TILES = (2, 4)
 ACTIVATIONS = ("none", "relu")
@@ -54,7 +56,7 @@ class WinogradWeights:
         """From plain ones, (groups * filters, channels, 3, 3) in float32."""
         library = load_library()
         if library is None:
-            raise ValueError("expected a library of the kernels, got none on this machine; ask `choose_tile` before")
+            raise ValueError("expected a library of the kernels, got none here; ask `reasons_against` before")
         rows, channels = weight.shape[:2]
         filters, weight = rows // groups, weight.contiguous()
         values = torch.empty(groups, (tile + 2) ** 2 * channels * filters)
@@ -64,30 +66,38 @@ class WinogradWeights:
         return cls(values, tile, groups, channels, filters)
 
 
-def choose_tile(
-    dtype: torch.dtype, shape: Sequence[int], settings: Sequence[Any], activation: str, output: Sequence[int]
-) -> int | None:
-    """The side of the tiles in which a convolution is computed the fastest on this CPU.
+def reasons_against(layer: ConvolutionLayer) -> list[str]:
+    """Why a convolution isn't computed in tiles on this CPU; empty if it is."""
+    target, (padding, stride, dilation, groups) = instruction_set(), layer.settings
+    rows, channels, *sides = layer.shape
+    known = {
+        "not 3x3": sides == [3, 3],
+        "strided": set(stride) == {1},
+        "dilated": set(dilation) == {1},
+        "negatively padded": min(padding) >= 0,
+        f"with {layer.activation}": layer.activation in ACTIVATIONS,
+        str(layer.dtype).removeprefix("torch."): layer.dtype == torch.float32,
+        "not of a batch": len(layer.output) == 4,
+        "unequal sum": not layer.unequal_sum,
+    }
+    reasons = [reason for reason, holds in known.items() if not holds]
+    if target is None:
+        return [*reasons, "no kernel here"]
+    if channels % target.lanes or (rows // groups) % target.lanes:
+        reasons.append(f"no multiple of {target.lanes} channels")
+    if not reasons and fastest_tile(layer) is None:
+        reasons.append("little gained")
+    # Asked for where it would serve alone: the answer may take a compiler, and a warning that there is none.
+    if not reasons and load_library() is None:
+        reasons.append("no kernel here")
+    return reasons
 
-    Args:
-        dtype: Of the weight.
-        shape: The weight's, (groups * filters, channels, height, width).
-        settings: Padding, stride, dilation and groups.
-        activation: Its name.
-        output: The output's shape, (B, groups * filters, H, W).
 
-    Returns:
-        2 or 4; None if the direct convolution is about as fast, or there is no kernel for it.
-    """
-    (padding, stride, dilation, groups), target = settings, instruction_set()
-    rows, channels, *sides = shape
-    filters = rows // groups
-    plain = [*sides, *stride, *dilation] == [3, 3, 1, 1, 1, 1] and activation in ACTIVATIONS and min(padding) >= 0
-    if target is None or not plain or dtype != torch.float32 or len(output) != 4:
-        return None
-    if channels % target.lanes or filters % target.lanes or load_library() is None:
-        return None
-    batch, _, height, width = output
+def fastest_tile(layer: ConvolutionLayer) -> int | None:
+    """The side of the tiles that cost the least, 2 or 4; None if the direct convolution is about as fast."""
+    rows, channels, *_ = layer.shape
+    filters = rows // layer.settings.groups
+    batch, _, height, width = layer.output
     direct_cost = 9 * filters * channels * (batch * height * width + _WEIGHT_COST)
     costs = {}
     for tile in TILES:
@@ -147,3 +157,25 @@ def convolve_tiles(
     if not done:
         raise RuntimeError("can't allocate memory for the tiles of a convolution")
     return y
+
+
+class Winograd(ConvolutionKernel):
+    """3x3 convolutions in tiles, with a residual, relu and halving by maxima."""
+
+    name = "winograd"
+    fresh, halves = (convolve_tiles,), True
+
+    def reasons_against(self, layer: ConvolutionLayer) -> list[str]:
+        return reasons_against(layer)
+
+    def pack(self, layer: ConvolutionLayer, weight: Tensor) -> WinogradWeights:
+        tile = fastest_tile(layer)
+        if tile is None:
+            raise ValueError("expected a convolution that is worth it, got another; ask `reasons_against` before")
+        return WinogradWeights.of(weight, tile, layer.settings.groups)
+
+    def step(
+        self, layer: ConvolutionLayer, call: ConvolveCall, packed: fx.Node, *, in_place: bool, halved: bool
+    ) -> Step:
+        padding, activation = call.settings.padding, call.activation
+        return convolve_tiles, (call.x, call.other, packed, call.bias, padding, activation, in_place, halved)

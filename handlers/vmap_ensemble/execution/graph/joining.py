@@ -11,6 +11,7 @@ batched products.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Mapping
@@ -26,10 +27,16 @@ from vmap_ensemble.execution.graph.lowered_model import (
     drop_unused_slots,
     mark_batched,
 )
+from vmap_ensemble.execution.graph.patterns import (
+    ConvolveCall,
+    LinearCall,
+    MaxPool,
+    flattens_examples,
+    module_of,
+)
 from vmap_ensemble.execution.graph.steps import (
     ACTIVATIONS,
     CONVOLUTIONS,
-    convolve,
     multiply_members,
     pass_members,
     repeat_members,
@@ -38,8 +45,8 @@ from vmap_ensemble.execution.graph.steps import (
     split_members,
 )
 
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_POOL_FUNCTIONS: set[Any] = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
+_MEANS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_MEAN_FUNCTIONS: set[Any] = {F.avg_pool2d, F.adaptive_avg_pool2d}
 _ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -94,7 +101,7 @@ class _Joining:
                 continue
             if node.target in CONVOLUTIONS:
                 self._join_convolution(node)
-            elif _flattens(node, self.lowered.root) and node.args[0] in self.joint:
+            elif flattens_examples(node, self.lowered.root) and node.args[0] in self.joint:
                 self._flatten(node)
             elif self._is_linear(node) and node.args[0] in self.major:
                 self._join_linear(node)
@@ -110,20 +117,25 @@ class _Joining:
         self.graph.lint()
 
     def _join_convolution(self, node: fx.Node) -> None:
-        args: Any = node.args
-        x, weight, bias, settings, activation = args if node.target is convolve else (args[0], *args[2:])
-        own_input = x in self.joint
+        call = ConvolveCall.of(node)
+        if call is None:
+            raise TypeError(f"'{node}': expected a convolution, got {node.target}")
+        weight, groups, own_input = call.weight, call.settings.groups, call.x in self.joint
         if self.values[node].dim() != 4:
             raise UnsupportedModel(f"'{node}' can't be joined: its value is {self.values[node].dim()}-d, not a batch")
-        if not own_input and (x in self.lowered.batched or settings[3] != 1):
+        if not own_input and (call.x in self.lowered.batched or groups != 1):
             raise UnsupportedModel(f"'{node}' can't be joined: its input is neither joined nor shared")
         if weight.name not in self.lowered.stacked:
             raise UnsupportedModel(f"'{node}' can't be joined: members share its weights and not its input")
-        if node.target is not convolve and self.lowered.slots[weight.name].dtype != torch.float32:
+        if call.other is not None and self.lowered.slots[weight.name].dtype != torch.float32:
             raise UnsupportedModel(f"'{node}' can't be joined: a sum in groups is had in float32 alone")
-        joined = [*settings[:3], settings[3] * self.count if own_input else 1]
-        rest = (self._rows(weight), None if bias is None else self._rows(bias), joined, activation)
-        node.args = (x, *rest) if node.target is convolve else (x, self._other(node, args[1]), *rest)
+        dataclasses.replace(
+            call,
+            other=None if call.other is None else self._other(node, call.other),
+            weight=self._rows(weight),
+            bias=None if call.bias is None else self._rows(call.bias),
+            settings=call.settings._replace(groups=groups * self.count if own_input else 1),
+        ).write(node)
         self.joint[node] = None
 
     def _other(self, node: fx.Node, other: fx.Node) -> fx.Node:
@@ -164,10 +176,8 @@ class _Joining:
 
     def _is_linear(self, node: fx.Node) -> bool:
         """Whether the node is a linear layer of slots."""
-        if node.target is not F.linear or node.kwargs or len(node.args) != 3:
-            return False
-        slots = [arg for arg in node.args[1:] if arg is not None]
-        return all(isinstance(slot, fx.Node) and slot.name in self.lowered.slots for slot in slots)
+        call = LinearCall.of(node, self.lowered)
+        return call is not None and not call.joined and call.has_plain_bias(self.lowered)
 
     def _join_linear(self, node: fx.Node) -> None:
         x, weight, bias = cast(Any, node.args)
@@ -187,17 +197,14 @@ class _Joining:
                 form[node] = None
 
     def _is_channelwise(self, node: fx.Node, parents: list[fx.Node]) -> bool:
-        if node.op == "call_module":
-            module = self.lowered.root.get_submodule(str(node.target))
-            if isinstance(module, _POOLS):
-                return not bool(getattr(module, "return_indices", False))
-        if node.target in _POOL_FUNCTIONS:
-            return not node.kwargs.get("return_indices", False)
-        return self._is_elementwise(node, parents)
+        root = self.lowered.root
+        if MaxPool.of(node, root) is not None or isinstance(module_of(node, root), _MEANS):
+            return True
+        return node.target in _MEAN_FUNCTIONS or self._is_elementwise(node, parents)
 
     def _is_elementwise(self, node: fx.Node, parents: list[fx.Node]) -> bool:
         if node.op == "call_module":
-            return isinstance(self.lowered.root.get_submodule(str(node.target)), _ELEMENTWISE)
+            return isinstance(module_of(node, self.lowered.root), _ELEMENTWISE)
         if node.target in _BINARY:
             # A shared operand has C channels, not M*C; numbers have none.
             return len(parents) == len(node.all_input_nodes)
@@ -216,16 +223,6 @@ class _Joining:
                 for user in users:
                     user.replace_input_with(node, split)
                 self.lowered.joined.add(split)
-
-
-def _flattens(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the node is x.flatten(1)."""
-    if node.op == "call_module":
-        module: Any = root.get_submodule(str(node.target))
-        return bool(isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1)
-    if node.target not in (torch.flatten, "flatten") or len(node.args) > 2 or set(node.kwargs) - {"start_dim"}:
-        return False
-    return bool((node.args[1] if len(node.args) == 2 else node.kwargs.get("start_dim", 0)) == 1)
 
 
 def _softmax_dim(node: fx.Node) -> Any:

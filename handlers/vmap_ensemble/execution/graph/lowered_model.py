@@ -125,11 +125,6 @@ def replace_node(node: fx.Node, new: Any) -> None:
     node.graph.erase_node(node)
 
 
-def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that takes this one's value, if it is one."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def drop_unused_slots(lowered: LoweredModel) -> None:
     """Forget the slots that no node takes any more."""
     for node in list(lowered.graph.nodes):

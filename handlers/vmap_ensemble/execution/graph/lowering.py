@@ -8,7 +8,6 @@ Folding is done when a weight is asked for, for one member or for all, and is ex
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,31 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from vmap_ensemble.execution.graph.fusing import fuse_addition, swallow
 from vmap_ensemble.execution.graph.lowered_model import (
     Folded,
     LoweredModel,
     UnsupportedModel,
     drop_unused_slots,
     mark_batched,
-    only_user,
     replace_node,
     slot_name,
 )
+from vmap_ensemble.execution.graph.patterns import activation_name, is_addition, only_user
 from vmap_ensemble.execution.graph.steps import convolve, convolve_add
 
 if TYPE_CHECKING:
     from vmap_ensemble.core.members import StackedMembers
 
-_ACTIVATION_OF_MODULE = {nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
-_ACTIVATION_OF_FUNCTION = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "hardtanh",
-    F.silu: "swish",
-    F.hardswish: "hardswish",
-}
-_ADDITIONS = {operator.add, operator.iadd, torch.add}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -150,7 +140,9 @@ class _Lowering:
         """Swallow, in this order, a batch norm, an addition, and an activation that only this node feeds."""
         node = self._fold_batch_norm(node)
         node = self._fuse_addition(node)
-        self._fuse_activation(node)
+        name = swallow(node, lambda user: activation_name(user, self.root))
+        if name is not None:
+            node.args = (*node.args[:-1], name)
 
     def _fold_batch_norm(self, node: fx.Node) -> fx.Node:
         norm = only_user(node)
@@ -197,32 +189,11 @@ class _Lowering:
         )
 
     def _fuse_addition(self, node: fx.Node) -> fx.Node:
-        add = only_user(node)
-        is_addition = add is not None and (
-            (add.op == "call_function" and add.target in _ADDITIONS)
-            or (add.op == "call_method" and add.target in ("add", "add_"))
-        )
-        if add is None or not is_addition or add.kwargs or len(add.args) != 2:
-            return node
-        other = add.args[1] if add.args[0] is node else add.args[0]
-        if not isinstance(other, fx.Node) or other is node:
-            return node
         x, *rest = node.args
-        with self.graph.inserting_before(add):
-            new = self.graph.call_function(convolve_add, (x, other, *rest))
-        if node in self.lowered.batched or other in self.lowered.batched:
+        new = fuse_addition(node, is_addition, lambda other: (convolve_add, (x, other, *rest)))
+        if any(parent in self.lowered.batched for parent in new.all_input_nodes):
             self.lowered.batched.add(new)
-        replace_node(add, new)
-        self.graph.erase_node(node)
         return new
-
-    def _fuse_activation(self, node: fx.Node) -> None:
-        user = only_user(node)
-        name = None if user is None else activation_name(user, self.root)
-        if user is None or name is None:
-            return
-        node.args = (*node.args[:-1], name)
-        replace_node(user, node)
 
 
 class _ModuleCall:
@@ -235,17 +206,6 @@ class _ModuleCall:
 
     def __call__(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, dict(weights), args, kwargs)
-
-
-def activation_name(node: fx.Node, root: nn.Module) -> str | None:
-    """The activation that a node is, as oneDNN knows it."""
-    if node.op == "call_module":
-        return _ACTIVATION_OF_MODULE.get(type(root.get_submodule(str(node.target))))
-    if node.op == "call_function":
-        return _ACTIVATION_OF_FUNCTION.get(node.target)  # type: ignore[arg-type]
-    if node.op == "call_method" and node.target in ("relu", "relu_"):
-        return "relu"
-    return None
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

@@ -6,7 +6,7 @@ M members, B batch, C channels. Two forms hold all members in one tensor: side b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "hardswish": (F.hardswish, []),
 }
 
+# Behind linear layers: name -> plain function.
+LINEAR_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str) -> Tensor:
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Sequence[Any], activation: str) -> Tensor:
     """One member's fused step in plain torch: what every faster kernel must equal. (B, C, H, W)."""
     padding, stride, dilation, groups = settings
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -34,13 +42,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any]
 
 
 def convolve_add(
-    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, settings: list[Any], activation: str
+    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, settings: Sequence[Any], activation: str
 ) -> Tensor:
     """As `convolve`, with the residual added before the activation."""
     return ACTIVATIONS[activation][0](convolve(x, weight, bias, settings, "none") + other)
 
 
 CONVOLUTIONS = (convolve, convolve_add)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """A linear layer and its activation, one of `LINEAR_ACTIVATIONS`: (..., in) -> (..., out)."""
+    return LINEAR_ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def linear_add(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer and a residual of its result's shape."""
+    return F.linear(x, weight, bias) + other
 
 
 def split_members(x: Tensor, count: int) -> Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel
-from vmap_ensemble.execution.graph.steps import CONVOLUTIONS, MIN_LINEAR_WEIGHTS, multiply_members
+from vmap_ensemble.execution.graph.patterns import LinearCall
+from vmap_ensemble.execution.graph.steps import CONVOLUTIONS, MIN_LINEAR_WEIGHTS
 
 
 def find_cut(lowered: LoweredModel, nodes: list[fx.Node]) -> int:
@@ -68,9 +68,8 @@ def record_values(
 
 def is_large_linear(lowered: LoweredModel, node: fx.Node) -> bool:
     """Whether the node is a linear layer that is worth oneDNN's packed weights."""
-    if node.target not in (F.linear, multiply_members) or node.kwargs or len(node.args) != 3:
-        return False
-    weight = lowered.slots.get(getattr(node.args[1], "name", ""))
+    call = LinearCall.of(node, lowered)
+    weight = None if call is None else lowered.slots[call.weight.name]
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     return math.prod(weight.shape[-2:]) >= MIN_LINEAR_WEIGHTS

@@ -11,7 +11,7 @@ from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel
 from vmap_ensemble.execution.graph.lowering import lower_model
-from vmap_ensemble.execution.graph.steps import CONVOLUTIONS
+from vmap_ensemble.execution.graph.patterns import count_convolutions
 from vmap_ensemble.execution.graph.values import find_cut, member_slot, record_values
 from vmap_ensemble.execution.int8.graph import find_layers, name_values
 
@@ -56,7 +56,7 @@ def quantisable_head(lowered: LoweredModel) -> list[fx.Node]:
         UnsupportedModel: There is no convolution.
     """
     nodes = lowered.nodes()
-    if not any(node.target in CONVOLUTIONS for node in nodes):
+    if not count_convolutions(nodes):
         raise UnsupportedModel(
             "quantization: the model has no 2-d convolution that torch.fx can see; see docs/limits.md"
         )

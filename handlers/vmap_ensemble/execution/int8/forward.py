@@ -14,8 +14,9 @@ from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.execution.cpu.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.execution.cpu.schedule import Schedule, choose_schedule
-from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel, extract_program
+from vmap_ensemble.execution.graph.lowered_model import LoweredModel, UnsupportedModel
 from vmap_ensemble.execution.graph.lowering import lower_model
+from vmap_ensemble.execution.graph.partition import argument_positions, whole_program
 from vmap_ensemble.execution.graph.values import member_slot, record_values
 from vmap_ensemble.execution.int8.calibration import Batch, quantisable_head
 from vmap_ensemble.execution.int8.graph import Ranges, quantise_graph
@@ -67,9 +68,8 @@ class QuantisedForward(EnsembleForward):
             tail = [node for node in lowered.nodes() if node not in set(head)]
             filled = quantise_graph(lowered, head, record_values(lowered, head, example), ranges, count)
             head = [node for node in lowered.nodes() if node not in set(tail)]
-            (output,) = (node for node in lowered.graph.nodes if node.op == "output")
-            plain = extract_program(lowered, lowered.nodes(), output.args[0])
-            self._run_plain, self._inputs = plain.compile(), [lowered.arguments().index(n) for n in plain.inputs]
+            plain = whole_program(lowered)
+            self._run_plain, self._inputs = plain.compile(), argument_positions(lowered, plain)
             self._slots = [[member_slot(lowered, filled, name, i) for name in plain.slots] for i in range(count)]
             values = record_values(lowered, head, example, filled)
             self._run = _build(lowered, count, PackedGraph(head, tail, values, filled, ""))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.graph.lowered_model import (
@@ -21,7 +21,8 @@ from vmap_ensemble.execution.graph.lowered_model import (
     mark_batched,
     replace_node,
 )
-from vmap_ensemble.execution.graph.steps import CONVOLUTIONS, MIN_LINEAR_WEIGHTS, convolve, convolve_add
+from vmap_ensemble.execution.graph.patterns import ConvolveCall, LinearCall, MaxPool, only_reshapes
+from vmap_ensemble.execution.graph.steps import MIN_LINEAR_WEIGHTS, convolve, convolve_add
 from vmap_ensemble.execution.int8.steps import (
     Layer,
     Scale,
@@ -57,7 +58,7 @@ def find_layers(lowered: LoweredModel, nodes: list[fx.Node], values: Mapping[fx.
     sizes = {
         name: lowered.row(name, 0).numel() for name, value in lowered.slots.items() if value.dtype.is_floating_point
     }
-    names = {_weight_of(node).name for node in layers}
+    names = {call.weight.name for call in (_call_of(lowered, node) for node in layers) if call is not None}
     in_8_bits = sum(sizes[name] for name in names)
     in_float = sum(size for name, size in sizes.items() if name not in names and size >= MIN_LINEAR_WEIGHTS)
     if in_8_bits <= in_float:
@@ -68,22 +69,20 @@ def find_layers(lowered: LoweredModel, nodes: list[fx.Node], values: Mapping[fx.
     return layers
 
 
-def _weight_of(layer: fx.Node) -> Any:
-    args: Any = layer.args
-    return args[2] if layer.target is convolve_add else args[1]
+def _call_of(lowered: LoweredModel, node: fx.Node) -> ConvolveCall | LinearCall | None:
+    return ConvolveCall.of(node) or LinearCall.of(node, lowered)
 
 
 def _is_layer(lowered: LoweredModel, node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    args: Any = node.args
-    if node.target is convolve:
-        return True
-    if node.target is convolve_add:
-        other = values.get(args[1])
+    call = _call_of(lowered, node)
+    if isinstance(call, ConvolveCall):
+        if call.other is None:
+            return True
+        other = values.get(call.other)
         return isinstance(other, Tensor) and other.shape == values[node].shape
-    if node.target is not F.linear or node.kwargs or values[node].dim() != 2:
+    if call is None or call.joined or not call.has_plain_bias(lowered) or values[node].dim() != 2:
         return False
-    weight = lowered.value(args[1].name)
-    return weight.shape[-1] * weight.shape[-2] >= MIN_LINEAR_WEIGHTS
+    return lowered.value(call.weight.name).shape[-2:].numel() >= MIN_LINEAR_WEIGHTS
 
 
 def name_values(lowered: LoweredModel, layers: list[fx.Node]) -> dict[fx.Node, str]:
@@ -94,9 +93,9 @@ def name_values(lowered: LoweredModel, layers: list[fx.Node]) -> dict[fx.Node, s
     """
     names: dict[fx.Node, str] = {}
     for node in layers:
-        inputs = node.args[:2] if node.target is convolve_add else node.args[:1]
-        outputs = (node,) if node.target in CONVOLUTIONS else ()
-        for value in (*inputs, *outputs):
+        call = ConvolveCall.of(node)
+        read = node.args[:1] if call is None else (call.x, call.other, node)
+        for value in read:
             if isinstance(value, fx.Node) and value not in names:
                 name = _name(value)
                 names[value] = name if name not in names.values() else f"{name} ({value.name})"
@@ -104,9 +103,10 @@ def name_values(lowered: LoweredModel, layers: list[fx.Node]) -> dict[fx.Node, s
 
 
 def _name(value: fx.Node) -> str:
-    if value.target not in CONVOLUTIONS:
+    call = ConvolveCall.of(value)
+    if call is None:
         return value.name
-    return str(_weight_of(value)).removeprefix("slot_").removesuffix("_folded").removesuffix("_weight")
+    return str(call.weight).removeprefix("slot_").removesuffix("_folded").removesuffix("_weight")
 
 
 def quantise_graph(
@@ -153,33 +153,33 @@ class _Quantiser:
         self.filled: dict[str, list[Any]] = {}
 
     def replace_layer(self, node: fx.Node) -> None:
-        args: Any = node.args
-        if node.target is convolve_add:
-            x, other, weight, bias, *rest = args
-        else:
-            (x, weight, bias, *rest), other = args, None
-        inputs = [self._twin(value, node) for value in (x, other) if value is not None]
-        is_linear = node.target is F.linear
-        output = None if is_linear else self._scales_of(node)
-        rows = self._layers(node, weight, bias, x, other, output)
-        slot = self._slot(f"{weight}_int8", rows, node in self.lowered.batched)
+        call = _call_of(self.lowered, node)
+        if call is None:
+            raise TypeError(f"'{node}': expected a convolution or a linear layer, got {node.target}")
+        other, output = None, None
+        rest: tuple[Any, ...] = ()  # a linear layer gives float32
+        if isinstance(call, ConvolveCall):
+            other, output, rest = call.other, self._scales_of(node), ([*call.settings], call.activation)
+        inputs = [self._twin(value, node) for value in (call.x, other) if value is not None]
+        rows = self._layers(node, call, other, output)
+        slot = self._slot(f"{call.weight}_int8", rows, node in self.lowered.batched)
         with self.graph.inserting_before(node):
             new = self.graph.call_function(_STEPS[node.target], (*inputs, slot, *rest))
-        if is_linear:
+        if output is None:
             replace_node(node, new)
         else:
-            self.u8[node], self.scales[node] = new, output or []
+            self.u8[node], self.scales[node] = new, output
 
     def carry(self, node: fx.Node) -> None:
         """Let a step that only moves or compares numbers work on the 8-bit twin of what it reads."""
         x = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or x not in self.u8 or x in self.inserted:
             return
-        pooling = max_pool_settings(node, self.lowered.root)
+        pooling = MaxPool.of(node, self.lowered.root)
         with self.graph.inserting_before(node):
             if pooling is not None:
-                new = self.graph.call_function(max_pool_u8, (self.u8[x], pooling))
-            elif _only_reshapes(node, self.lowered.root):
+                new = self.graph.call_function(max_pool_u8, (self.u8[x], [*pooling]))
+            elif only_reshapes(node, self.lowered.root):
                 new = self.graph.node_copy(node, lambda n: self.u8[n] if n is x else n)
             else:
                 return
@@ -221,17 +221,18 @@ class _Quantiser:
         return [scale_of_range(*row) for row in rows]
 
     def _layers(
-        self, node: fx.Node, weight: Any, bias: Any, x: Any, other: Any, output: list[Scale] | None
+        self, node: fx.Node, call: ConvolveCall | LinearCall, other: fx.Node | None, output: list[Scale] | None
     ) -> list[Layer]:
         def row(rows: list[Any] | None, index: int) -> Any:
             return None if rows is None else rows[index] if len(rows) > 1 else rows[0]
 
         layers = []
         for index in range(self.count if node in self.lowered.batched else 1):
-            quantised, scale = quantise_weight(self.lowered.row(weight.name, index))
+            quantised, scale = quantise_weight(self.lowered.row(call.weight.name, index))
             residual = row(None if other is None else self.scales[other], index)
-            offset = None if bias is None else self.lowered.row(bias.name, index).clone()
-            layers.append(Layer(quantised, scale, offset, row(self.scales[x], index), row(output, index), residual))
+            offset = None if call.bias is None else self.lowered.row(call.bias.name, index).clone()
+            into = row(self.scales[call.x], index)
+            layers.append(Layer(quantised, scale, offset, into, row(output, index), residual))
         return layers
 
     def _slot(self, name: str, rows: list[Any], stacked: bool) -> fx.Node:
@@ -240,33 +241,3 @@ class _Quantiser:
         node = self.lowered.add_slot(name, torch.empty(0), stacked)
         self.filled[node.name] = rows
         return node
-
-
-def max_pool_settings(node: fx.Node, root: nn.Module) -> list[Any] | None:
-    """[kernel, stride, padding, dilation, ceil_mode] of a max pooling that gives no indices; else None."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        if isinstance(module, nn.MaxPool2d) and not module.return_indices:
-            return [module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode]
-    if node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
-        given = dict(zip(("kernel_size", "stride", "padding", "dilation", "ceil_mode"), node.args[1:], strict=False))
-        given.update(node.kwargs)
-        if given.pop("return_indices", False):
-            return None
-        kernel, stride = given.get("kernel_size"), given.get("stride")
-        return [
-            kernel,
-            stride if stride is not None else kernel,
-            given.get("padding", 0),
-            given.get("dilation", 1),
-            given.get("ceil_mode", False),
-        ]
-    return None
-
-
-def _only_reshapes(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), nn.Flatten)
-    if node.op == "call_method":
-        return node.target in ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze")
-    return node.target in (torch.flatten, torch.reshape, torch.permute, torch.transpose)

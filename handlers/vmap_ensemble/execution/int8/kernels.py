@@ -12,10 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vmap_ensemble.execution.cpu.onednn import (
+    QUANTISED_CONVOLVE,
+    QUANTISED_CONVOLVE_ADD,
+    QUANTISED_LINEAR,
+    max_pool_quantised,
+    prepack_quantised_convolution,
+    prepack_quantised_linear,
+)
 from vmap_ensemble.execution.graph.lowered_model import LoweredModel
+from vmap_ensemble.execution.graph.patterns import ConvolveSettings
 from vmap_ensemble.execution.graph.steps import ACTIVATIONS
 from vmap_ensemble.execution.graph.values import is_consumable
-from vmap_ensemble.execution.int8.steps import Layer, convolve_add_u8, convolve_u8, linear_u8, max_pool_u8
+from vmap_ensemble.execution.int8.steps import (
+    Layer,
+    convolve_add_u8,
+    convolve_u8,
+    known_scale,
+    linear_u8,
+    max_pool_u8,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,40 +43,84 @@ class PackedLayer(Layer):
 
 def _convolve(x: Tensor, layer: PackedLayer, settings: list[Any], activation: str) -> Tensor:
     padding, stride, dilation, groups = settings
-    into, out, scalars = layer.input, layer.output, ACTIVATIONS[activation][1]
-    return torch.ops.onednn.qconv_pointwise(
-        *(x, into.scale, into.zero_point, layer.weight, layer.weight_scale, layer.weight_zero, layer.bias),
-        *(stride, padding, dilation, groups, out.scale, out.zero_point, torch.uint8),  # type: ignore[union-attr]
-        *(activation, scalars, ""),
+    out = known_scale(layer.output)
+    return QUANTISED_CONVOLVE(
+        x,
+        layer.input.scale,
+        layer.input.zero_point,
+        layer.weight,
+        layer.weight_scale,
+        layer.weight_zero,
+        layer.bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        output_scale=out.scale,
+        output_zero_point=out.zero_point,
+        output_dtype=torch.uint8,
+        attr=activation,
+        scalars=ACTIVATIONS[activation][1],
+        algorithm="",
     )
 
 
-def _convolve_add_in_place(x: Tensor, other: Tensor, layer: PackedLayer, settings: list[Any], activation: str) -> Any:
+def _convolve_add_in_place(
+    x: Tensor, other: Tensor, layer: PackedLayer, settings: list[Any], activation: str
+) -> Tensor:
     padding, stride, dilation, groups = settings
-    into, out, residual, scalars = layer.input, layer.output, layer.other, ACTIVATIONS[activation][1]
-    return torch.ops.onednn.qconv2d_pointwise.binary(
-        *(x, into.scale, into.zero_point, layer.weight, layer.weight_scale, layer.weight_zero, other, layer.bias),
-        *(stride, padding, dilation, groups, out.scale, out.zero_point, torch.uint8),  # type: ignore[union-attr]
-        *(residual.scale, residual.zero_point, "sum", 1.0, activation, scalars, ""),  # type: ignore[union-attr]
+    out, residual = known_scale(layer.output), known_scale(layer.other)
+    return QUANTISED_CONVOLVE_ADD(
+        x,
+        layer.input.scale,
+        layer.input.zero_point,
+        layer.weight,
+        layer.weight_scale,
+        layer.weight_zero,
+        other,
+        layer.bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        output_scale=out.scale,
+        output_zero_point=out.zero_point,
+        output_dtype=torch.uint8,
+        accum_scale=residual.scale,
+        accum_zero_point=residual.zero_point,
+        binary_attr="sum",
+        alpha=1.0,
+        unary_attr=activation,
+        unary_scalars=ACTIVATIONS[activation][1],
+        unary_algorithm="",
     )
 
 
-def _convolve_add(x: Tensor, other: Tensor, layer: PackedLayer, settings: list[Any], activation: str) -> Any:
+def _convolve_add(x: Tensor, other: Tensor, layer: PackedLayer, settings: list[Any], activation: str) -> Tensor:
     # The kernel sums into the residual, which somebody still needs.
     return _convolve_add_in_place(x, other.clone(), layer, settings, activation)
 
 
 def _linear(x: Tensor, layer: PackedLayer) -> Tensor:
-    into = layer.input
-    return torch.ops.onednn.qlinear_pointwise(
-        *(x, into.scale, into.zero_point, layer.weight, layer.weight_scale, layer.weight_zero, layer.bias),
-        *(1.0, 0, torch.float32, "none", [], ""),
+    return QUANTISED_LINEAR(
+        x,
+        layer.input.scale,
+        layer.input.zero_point,
+        layer.weight,
+        layer.weight_scale,
+        layer.weight_zero,
+        layer.bias,
+        output_scale=1.0,
+        output_zero_point=0,
+        output_dtype=torch.float32,
+        post_op_name="none",
+        post_op_args=[],
+        post_op_algorithm="",
     )
 
 
 def _max_pool(x: Tensor, settings: list[Any]) -> Tensor:
-    # torch's own max_pool2d counts with the values' type, and 255 is too small for that.
-    return torch.ops.quantized.max_pool2d(x, *settings)
+    return max_pool_quantised(x, *settings)
 
 
 _KERNELS: dict[Any, Callable[..., Any]] = {
@@ -108,12 +168,15 @@ def pack_quantised(
 
 def _pack_layer(layer: Layer, settings: Any, shape: list[int]) -> PackedLayer:
     if settings is None:
-        weight = torch.ops.onednn.qlinear_prepack(layer.weight, shape)
+        weight = prepack_quantised_linear(layer.weight, shape)
     else:
-        padding, stride, dilation, groups = settings
-        into = layer.input
-        weight = torch.ops.onednn.qconv_prepack(
-            *(layer.weight, layer.weight_scale, into.scale, into.zero_point, stride, padding, dilation, groups, shape)
+        weight = prepack_quantised_convolution(
+            layer.weight,
+            layer.weight_scale,
+            x_scale=layer.input.scale,
+            x_zero=layer.input.zero_point,
+            settings=ConvolveSettings(*settings),
+            input_size=shape,
         )
     fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(Layer)}
     zero = torch.zeros(len(layer.weight_scale), dtype=torch.int32)

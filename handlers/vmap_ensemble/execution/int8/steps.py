@@ -3,7 +3,7 @@
     x ~ scale * (q - zero_point)          activations, q in 0..255, one scale per tensor, from calibration
     w ~ scale[o] * q                      weights, q in -127..127 (or -63..63), one scale per output channel o
 
-These steps are the reference that the kernels of quantised_kernels.py must equal.
+These steps are the reference that the kernels of kernels.py must equal.
 
 Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference, https://arxiv.org/abs/1712.05877
@@ -97,14 +97,14 @@ def dequantise(q: Tensor, scale: Scale) -> Tensor:
 def convolve_u8(x: Tensor, layer: Layer, settings: list[Any], activation: str) -> Tensor:
     """A fused convolution (B, C, H, W) uint8 -> uint8."""
     y = convolve(dequantise(x, layer.input), layer.float_weight(), layer.bias, settings, activation)
-    return quantise(y, _known(layer.output))
+    return quantise(y, known_scale(layer.output))
 
 
 def convolve_add_u8(x: Tensor, other: Tensor, layer: Layer, settings: list[Any], activation: str) -> Tensor:
     """As `convolve_u8`, with an 8-bit residual added before the activation."""
-    residual = dequantise(other, _known(layer.other))
+    residual = dequantise(other, known_scale(layer.other))
     y = convolve_add(dequantise(x, layer.input), residual, layer.float_weight(), layer.bias, settings, activation)
-    return quantise(y, _known(layer.output))
+    return quantise(y, known_scale(layer.output))
 
 
 def linear_u8(x: Tensor, layer: Layer) -> Tensor:
@@ -117,7 +117,8 @@ def max_pool_u8(x: Tensor, settings: list[Any]) -> Tensor:
     return F.max_pool2d(x.float(), *settings).to(torch.uint8)
 
 
-def _known(scale: Scale | None) -> Scale:
+def known_scale(scale: Scale | None) -> Scale:
+    """The scale of a step that must have one."""
     if scale is None:
         raise ValueError("this step needs the scale of its result; build it with quantise_graph")
     return scale

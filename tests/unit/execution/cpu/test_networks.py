@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.execution.cpu import pack_convolutions as prepacking
-from vmap_ensemble.execution.cpu import pack_linears, schedule, single_row, winograd
+from vmap_ensemble.execution.cpu import pack_convolutions, pack_linears, schedule, single_row, winograd
 from vmap_ensemble.execution.cpu.kernel_library import load_library
 from vmap_ensemble.execution.cpu.member_threads import MemberThreads
 from vmap_ensemble.execution.cpu.networks import prepare
@@ -23,6 +22,11 @@ from vmap_ensemble.execution.graph.lowered_model import UnsupportedModel
 
 APART = Schedule(False, 1)
 needs_kernels = pytest.mark.skipif(load_library() is None, reason="no kernels for this machine")
+
+
+def leave_to_onednn(monkeypatch):
+    """Without the kernels of our own, whose calls can't be counted."""
+    monkeypatch.setattr(pack_convolutions, "CONVOLUTION_KERNELS", [pack_convolutions.OneDnnConvolution()])
 
 
 def joint(members):
@@ -301,7 +305,7 @@ def test_joined_members_are_one_call_of_each_step(monkeypatch):
     import vmap_ensemble.execution.cpu.prepared as module
 
     monkeypatch.setattr(module, "vmap", None)  # every step has its rule: nothing is left for it
-    monkeypatch.setattr(prepacking, "choose_tile", lambda *a: None)  # whose calls can't be counted here
+    leave_to_onednn(monkeypatch)
     models, members = build_members(Residual, 5)
     x = torch.randn(2, 3, 16, 16)
     forward = prepare(Residual().eval(), members, x, schedule=joint(members))
@@ -358,7 +362,7 @@ def test_meta_skeleton_is_enough():
 
 
 def test_batch_norm_and_residual_leave_no_step_of_their_own(monkeypatch):
-    monkeypatch.setattr(prepacking, "choose_tile", lambda *a: None)
+    leave_to_onednn(monkeypatch)
     _, members = build_members(Residual, 2)
     x = torch.randn(1, 3, 16, 16)
     forward = prepare(Residual().eval(), members, x, schedule=APART)
@@ -424,7 +428,7 @@ def test_large_linear_layers_run_on_packed_weights(monkeypatch, members, shared)
     stack = StackedMembers(tuple(f"m{index}" for index in range(members)), stacked, whole)
     x = torch.randn(3, 1, 14, 14)
     forward = prepare(Plain().eval(), stack, x)
-    assert "and 1 linear layers" in forward.reason  # fc2 is small
+    assert "and 1 linear layers [onednn: 1 of 2 layers (1 small)]" in forward.reason  # fc2 is
     for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
         torch.testing.assert_close(forward(batch), EnsembleForward(Plain().eval(), stack).loop(batch))
 
@@ -534,7 +538,10 @@ def test_large_linear_layers_of_joined_members_run_on_packed_weights(monkeypatch
     models, members = build_members(Flat, count)
     x = torch.randn(3, 1, 14, 14)
     forward = prepare(Flat().eval(), members, x, schedule=joint(members))
-    assert "and 1 linear layers" in forward.reason  # the last one is small
+    assert "and 1 linear layers [onednn: 1 of 2 layers (1 small)" in forward.reason  # the last one is
+    if load_library() is not None:
+        told = "single rows: 1 of 1 layers" if second_copy else "0 of 1 layers (1 too large for a second copy)"
+        assert told in forward.reason
     for batch in (x, x[:1], torch.randn(17, 1, 14, 14)):
         with CountCalls() as counted:
             got = forward(batch)
@@ -574,7 +581,8 @@ def test_convolutions_of_3x3_pixels_are_computed_in_tiles(make_schedule):
     models, members = build_members(Deep, 3)
     x = torch.randn(2, 3, 40, 40)
     forward = prepare(Deep().eval(), members, x, schedule=make_schedule(members))
-    assert "3 of them in Winograd's tiles" in forward.reason
+    assert "winograd: 3 of 4 layers (1 no multiple of " in forward.reason
+    assert "onednn: 1 of 1 layers" in forward.reason
     for shape in ((2, 3, 40, 40), (1, 3, 40, 40), (9, 3, 16, 16), (1, 3, 19, 23), (2, 3, 8, 9)):
         batch = torch.randn(*shape)
         with CountCalls() as counted:

@@ -1,17 +1,21 @@
 """Winograd's convolution equals torch's in float64, on every instruction set that this CPU has."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vmap_ensemble.execution.cpu import kernel_library, single_row, winograd
 from vmap_ensemble.execution.cpu.kernel_library import INSTRUCTION_SETS, load_library
-from vmap_ensemble.execution.cpu.winograd import WinogradWeights, choose_tile, convolve_tiles
+from vmap_ensemble.execution.cpu.layers import ConvolutionLayer
+from vmap_ensemble.execution.cpu.winograd import WinogradWeights, convolve_tiles, fastest_tile, reasons_against
+from vmap_ensemble.execution.graph.patterns import ConvolveSettings
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no kernels for this machine")
 # Of the largest output, for up to 512 channels; oneDNN's direct convolution differs by 4e-7 to 1e-6.
 TOLERANCE = {2: 2e-6, 4: 5e-6}
-PLAIN = [[1, 1], [1, 1], [1, 1], 1]
+PLAIN = ConvolveSettings([1, 1], [1, 1], [1, 1], 1)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -132,30 +136,44 @@ def test_a_residual_is_expanded_to_the_output_or_refused():
     ],
 )
 def test_the_tile_weighs_products_against_weights(lanes, shape, output, tile):
-    assert choose_tile(torch.float32, shape, PLAIN, "relu", output) == tile
+    layer = ConvolutionLayer(torch.float32, shape, PLAIN, "relu", output, output)
+    assert fastest_tile(layer) == tile
+    assert reasons_against(layer) == ([] if tile else ["little gained"])
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        {"dtype": torch.bfloat16},
-        {"shape": (64, 64, 5, 5)},
-        {"shape": (64, 3, 3, 3)},
-        {"shape": (60, 64, 3, 3)},
-        {"settings": [[1, 1], [2, 2], [1, 1], 1]},
-        {"settings": [[1, 1], [1, 1], [2, 2], 1]},
-        {"settings": [[1, 1], [1, 1], [1, 1], 64], "shape": (64, 1, 3, 3)},
-        {"activation": "swish"},
-        {"output": (64, 56, 56)},
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"shape": (64, 64, 5, 5)}, "not 3x3"),
+        ({"shape": (64, 3, 3, 3)}, "no multiple of 8 channels"),
+        ({"shape": (60, 64, 3, 3)}, "no multiple of 8 channels"),
+        ({"settings": PLAIN._replace(stride=[2, 2])}, "strided"),
+        ({"settings": PLAIN._replace(dilation=[2, 2])}, "dilated"),
+        ({"settings": PLAIN._replace(padding=[-1, 0])}, "negatively padded"),
+        ({"settings": PLAIN._replace(groups=64), "shape": (64, 1, 3, 3)}, "no multiple of 8 channels"),
+        ({"activation": "swish"}, "with swish"),
+        ({"output": (64, 56, 56)}, "not of a batch"),
+        ({"unequal_sum": True}, "unequal sum"),
     ],
 )
-def test_other_convolutions_stay_direct(change):
-    layer = {
-        "dtype": torch.float32, "shape": (64, 64, 3, 3), "settings": PLAIN, "activation": "relu",
-        "output": (1, 64, 56, 56),
-    }  # fmt: skip
-    assert choose_tile(**layer) == 4
-    assert choose_tile(**{**layer, **change}) is None
+def test_other_convolutions_stay_direct_and_say_why(change, reason, monkeypatch):
+    monkeypatch.setattr(winograd, "instruction_set", lambda: INSTRUCTION_SETS["AVX2"])
+    layer = ConvolutionLayer(torch.float32, (64, 64, 3, 3), PLAIN, "relu", (1, 64, 56, 56), (1, 64, 56, 56))
+    assert reasons_against(layer) == []
+    assert reasons_against(dataclasses.replace(layer, **change)) == [reason]
+
+
+def test_all_reasons_are_told_and_a_missing_library_is_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(winograd, "load_library", lambda: asked.append(1))
+    layer = ConvolutionLayer(torch.float32, (64, 64, 3, 3), PLAIN, "relu", (1, 64, 56, 56), (1, 64, 56, 56))
+    wide = dataclasses.replace(layer, shape=(64, 64, 7, 7), settings=PLAIN._replace(stride=[2, 2]))
+    assert reasons_against(wide) == ["not 3x3", "strided"]
+    assert not asked  # the answer may take a compiler
+    assert reasons_against(layer) == ["no kernel here"]
+    with pytest.raises(ValueError, match="ask `reasons_against` before"):
+        winograd.Winograd().pack(dataclasses.replace(layer, output=(1, 64, 1, 1)), torch.randn(64, 64, 3, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,10 +196,13 @@ def test_a_single_row_equals_torch(lanes, threads, dtype, zeros, count, filters,
 
 def test_a_single_row_is_not_multiplied_so_where_zeros_matter_or_do_not_fit(lanes):
     weight = torch.randn(2, 32, 20)
-    assert single_row.RowMatrices.of(weight.double()) is None
-    assert single_row.RowMatrices.of(weight[:, :20].contiguous()) is None  # no whole registers
+    assert single_row.reasons_against(weight) == []
+    assert single_row.reasons_against(weight.double()) == ["float64 on cpu"]
+    assert single_row.reasons_against(weight[:, :20].contiguous()) == [f"no multiple of {lanes} outputs"]
     weight[1, 3, 4] = float("inf")  # 0 * inf is no number
-    assert single_row.RowMatrices.of(weight) is None
+    assert single_row.reasons_against(weight) == ["not finite"]
+    with pytest.raises(ValueError, match="not finite"):
+        single_row.RowMatrices.of(weight)
 
 
 def test_other_rows_than_the_matrices_take_are_refused():
