@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.measuring.measure import Timing, describe_machine, measure_interleaved
-from benchmarks.measuring.networks import NETWORKS, build_members, states_of
+from benchmarks.measuring.networks import NETWORKS, build_members, device_of, states_of
 from quality.scores import combine, score
 from training.evaluate import find_members
 from training.mnist import open_data, positive
@@ -69,7 +69,7 @@ class Rivals:
 
     def __init__(self, model: str, networks: list[nn.Module], samples: list[Tensor]) -> None:
         self.model, self.networks, self.samples = model, networks, samples
-        self.members = stack_members(states_of(networks))
+        self.members = stack_members(states_of(networks), device=device_of(networks[0]))
         self.ranges: Any = None
 
     def build(self, name: str, example: Tensor) -> Forward:

@@ -143,6 +143,11 @@ def states_of(networks: list[nn.Module]) -> dict[str, dict[str, Tensor]]:
     return {f"m{index}": network.state_dict() for index, network in enumerate(networks)}
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    return next(network.parameters()).device
+
+
 def parameter_bytes(network: nn.Module) -> int:
     """Bytes of a member's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring.measure import make_session
-from benchmarks.measuring.networks import Args, Network, parameter_bytes, states_of, to_tensor
+from benchmarks.measuring.networks import Args, Network, device_of, parameter_bytes, states_of, to_tensor
 from vmap_ensemble.core.members import stack_members
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.build import build_execution
@@ -49,7 +49,7 @@ class Rivals:
 
     def __init__(self, network: Network, networks: list[nn.Module], args: Args, folder: Path) -> None:
         self.network, self.networks, self.args, self.folder = network, networks, args, folder
-        self.members = stack_members(states_of(networks))
+        self.members = stack_members(states_of(networks), device=device_of(networks[0]))
         self.notes: dict[str, str] = {}
 
     def loop(self) -> Call:

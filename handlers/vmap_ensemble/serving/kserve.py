@@ -103,18 +103,21 @@ def _read_shape(shape: Any, length: int, where: str) -> list[int]:
 
 
 def _flatten(data: list[Any], shape: list[int], where: str) -> list[Any]:
-    """The values of data that is flat, or nested as its shape says."""
-    flat, depth = data, 0
+    """The values of data that is flat, or nested as its shape says, but for axes of one."""
+    flat, lengths = data, [len(data)]
     while any(isinstance(row, list) for row in flat):
         if not all(isinstance(row, list) for row in flat):
             raise RequestError(400, f"{where}.data: expected values or lists, got both side by side")
-        if depth + 1 >= len(shape):
-            raise RequestError(400, f"{where}.data: lists are nested deeper than shape {quote(shape)}")
-        if any(len(row) != shape[depth + 1] for row in flat):
+        if len(lengths) >= MAX_AXES:
+            raise RequestError(400, f"{where}.data: lists are nested deeper than {MAX_AXES}")
+        if any(len(row) != len(flat[0]) for row in flat):
             raise RequestError(400, f"{where}.data: lists of other lengths than shape {quote(shape)} says")
-        flat, depth = [value for row in flat for value in row], depth + 1
+        lengths.append(len(flat[0]))
+        flat = [value for row in flat for value in row]
     if math.prod(shape) != len(flat):
         raise RequestError(400, f"{where}: {len(flat)} values don't fill shape {quote(shape)}")
+    if len(lengths) > 1 and [n for n in lengths if n != 1] != [n for n in shape if n != 1]:
+        raise RequestError(400, f"{where}.data: lists of other lengths than shape {quote(shape)} says")
     return flat
 
 

@@ -106,7 +106,7 @@ def test_content_types():
         ({"shape": [True]}, "sizes of at least 1"),
         ({"shape": "2"}, "sizes of at least 1"),
         ({"shape": [2**40, 2**40, 2**40, 2**40, 2**40, 2**40, 2**40, 2**40]}, "2 values don't fill shape"),
-        ({"shape": [2], "data": [[1], [2]]}, "nested deeper than shape [2]"),
+        ({"shape": [4], "data": [[1, 2], [3, 4]]}, "lists of other lengths than shape [4]"),
         ({"shape": [2, 2], "data": [[1, 2, 3], [4]]}, "lists of other lengths than shape [2, 2]"),
         ({"shape": [3, 2], "data": [[1, 2, 3], [4, 5, 6]]}, "lists of other lengths"),
         ({"shape": [2, 1], "data": [[1], 2]}, "both side by side"),
@@ -125,10 +125,11 @@ def test_deep_data_is_refused():
     data = [1]
     for _ in range(900):
         data = [data]
-    assert (
-        refusal(tensor(data, shape=[1] * 16)).message
-        == f"inputs.x.data: lists are nested deeper than shape {[1] * 16}"
-    )
+    assert refusal(tensor(data, shape=[1] * 16)).message == "inputs.x.data: lists are nested deeper than 16"
+
+
+def test_axes_of_one_may_be_left_out_of_the_nesting():
+    assert kserve_v2_items([{"name": "x", "shape": [1, 1, 2, 2], "data": [[1, 2], [3, 4]]}]) == [[[[1, 2], [3, 4]]]]
 
 
 def test_inputs_are_few_of_one_length_and_named_once():

@@ -14,6 +14,7 @@ import torch
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from mnist_handler import MnistHandler
+from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.errors import LoadError, SettingsError
 
 METRICS_FILE = "config/metrics.yaml"
@@ -290,9 +291,17 @@ def test_wrong_weights_are_refused(make_mnist):
         make_mnist(2, {"weights": {"x": 1}})
 
 
-def test_archive_whose_proof_fails_is_not_served(make_mnist, caplog):
-    with pytest.raises(LoadError, match="m0"):
-        make_mnist(2, {"tolerance": 1e-30, "execution": "eager"})
+def test_archive_whose_proof_fails_is_not_served(make_mnist, caplog, monkeypatch):
+    plain = EnsembleForward.__call__
+
+    def wrong_for_m1(self, *args):
+        outputs = plain(self, *args).clone()
+        outputs[1] += 0.01  # far beyond rounding, whatever the processor
+        return outputs
+
+    monkeypatch.setattr(EnsembleForward, "__call__", wrong_for_m1)
+    with pytest.raises(LoadError, match="m1"):
+        make_mnist(2, {"execution": "eager"})
     assert "cannot serve ens" in caplog.text
 
 
