@@ -79,6 +79,11 @@ def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: 
     if is_traced(request.settings):
         if request.compile:
             raise ArchiveError(f"'{request.name}': --compile: traced members can't be compiled; leave it away")
+        if request.samples:
+            raise ArchiveError(
+                f"'{request.name}': samples: traced members have the precision that they were traced in, and are "
+                "compared with their checkpoints at tracing and at every load; leave --samples away"
+            )
         survey = _survey_traced(request, sources, scratch, console)
     else:
         request = _with_claims(_with_architecture(request, handler), handler, sources, console)

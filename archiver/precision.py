@@ -93,15 +93,16 @@ def judge_precision(handler: type[Task], request: ArchiveRequest, stage: Path, s
     task = open_task(handler, stage, **float32)
     batches = _read_batches(request.name, task, find_samples(request.name, request.samples))
     step("run float32")
-    reference = as_one_vmap(task.make_forward(Phases()))
+    reference = task.make_forward(Phases())
     with torch.inference_mode():
         expected = _predict(task, reference.loop, batches, request.name)
-        ranges = calibrate(reference.model, reference.members, batches) if name == "int8" else {}
+        ranges = calibrate(as_one_vmap(reference).model, reference.members, batches) if name == "int8" else {}
     step(f"run {name}")
     precision = Precision(name, 0, 0, 0.0, reference.members.names if ranges else (), ranges)
     with torch.inference_mode():
         if name == "int8":
-            got = _predict(task, quantise_forward(reference, precision, batches[0]), batches, request.name)
+            quantised = quantise_forward(as_one_vmap(reference), precision, batches[0])
+            got = _predict(task, quantised, batches, request.name)
         else:
             cast = open_task(handler, stage)
             forward = cast.make_forward(Phases())

@@ -361,3 +361,12 @@ def test_a_missing_tracer_says_what_to_give(text: Project, monkeypatch) -> None:
     monkeypatch.setattr(traced, "TOOLS", "no_such_folder")
     with pytest.raises(ArchiveError, match=r"no_such_folder/trace.py is not installed; give traced .pt"):
         traced._run_tool("trace", [], "member 'fold0'")
+
+
+def test_traced_members_take_no_samples(scripted: Project, capsys) -> None:
+    (scripted.folder / "one.txt").write_text("a cat sat")
+    assert scripted.run("tiny", "--samples", str(scripted.folder / "one.txt")) == 1
+    error = capsys.readouterr().err
+    assert "samples: traced members have the precision that they were traced in" in error
+    assert error.count("\n") == 1
+    assert scripted.leftovers() == []
