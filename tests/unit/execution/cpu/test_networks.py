@@ -602,6 +602,7 @@ def test_the_fastest_schedule_is_kept(monkeypatch, fast):
         return 1.0 if forward.schedule == fast else 1.1
 
     monkeypatch.setattr(schedule, "time_block", read)
+    monkeypatch.setattr(schedule, "BUDGET_S", 600.0)  # a busy machine may take long to build them
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
