@@ -45,6 +45,7 @@ def build_forward(count=2, make=Net):
     return EnsembleForward(make().eval(), members)
 
 
+torch.manual_seed(0)  # a model here branches on the sum of its input
 EXAMPLES = [(torch.randn(1, 1, 8, 8),), (torch.randn(3, 1, 8, 8),)]
 SHORT = ExecutionOptions(budget_s=5.0)
 
