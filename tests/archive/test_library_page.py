@@ -1,4 +1,4 @@
-"""Every block of docs/library.md runs, one after another, on archives built by the command line."""
+"""Every Python block of docs/library.md and README.md runs, in order, on archives built by the command line."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_blocks_of_the_page_run_as_written(project, capsys):
-    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+def test_blocks_of_the_pages_run_as_written(project, capsys):
     space: dict = {"__name__": "page"}
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
-        exec(compile(block, "docs/library.md", "exec"), space)
+    for file in ("README.md", "docs/library.md"):
+        page = (ROOT / file).read_text(encoding="utf-8")
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(compile(block, file, "exec"), space)
     shown = capsys.readouterr().out
     assert "member   seed0" in shown
     assert '"uncertainty"' in shown
