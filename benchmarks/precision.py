@@ -69,7 +69,7 @@ class Rivals:
 
     def __init__(self, model: str, networks: list[nn.Module], samples: list[Tensor]) -> None:
         self.model, self.networks, self.samples = model, networks, samples
-        self.members = stack_members(states_of(networks), device=device_of(networks[0]))
+        self.members = stack_members(states_of(networks), device=device_of(networks[0]), share=False)
         self.ranges: Any = None
 
     def build(self, name: str, example: Tensor) -> Forward:

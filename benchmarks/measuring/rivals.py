@@ -49,7 +49,7 @@ class Rivals:
 
     def __init__(self, network: Network, networks: list[nn.Module], args: Args, folder: Path) -> None:
         self.network, self.networks, self.args, self.folder = network, networks, args, folder
-        self.members = stack_members(states_of(networks), device=device_of(networks[0]))
+        self.members = stack_members(states_of(networks), device=device_of(networks[0]), share=False)
         self.notes: dict[str, str] = {}
 
     def loop(self) -> Call:

@@ -74,6 +74,7 @@ def stack_members(
     states: Mapping[str, Mapping[str, Tensor]],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    share: bool = True,
 ) -> StackedMembers:
     """Stack state dicts that are in memory, for a benchmark, a notebook or a test.
 
@@ -82,12 +83,15 @@ def stack_members(
         device: Where the stack goes.
         dtype: Floating point tensors are cast to it; integers never. None keeps each tensor's own.
 
+        share: Keep tensors once that are the same in all. Fresh networks agree in biases of 0 and scales of 1, which
+            training would tell apart: a benchmark of them stacks those, too.
+
     Raises:
         MemberError: The state dicts don't have the same keys, shapes and dtypes.
     """
     compare_members({name: spec_of(state) for name, state in states.items()})
     rows = list(states.values())
-    ties, shared_keys = find_ties(rows), set(find_shared(rows))
+    ties, shared_keys = find_ties(rows), set(find_shared(rows)) if share else set()
     kept = {key: spec for key, spec in spec_of(rows[0]).items() if key not in ties}
     stacked = allocate_stack({k: s for k, s in kept.items() if k not in shared_keys}, len(rows), device, dtype)
     for index, state in enumerate(rows):

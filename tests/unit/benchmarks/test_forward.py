@@ -75,6 +75,15 @@ def test_members_differ_and_repeat() -> None:
     assert not torch.equal(first.fc1.weight, second.fc1.weight)
 
 
+def test_members_of_a_benchmark_share_nothing(tmp_path: Path) -> None:
+    """Biases of 0 and scales of 1 are equal in fresh networks, which would flatter whoever computes them once."""
+    built = networks.build_members(networks.NETWORKS["resnet18"], 2)
+    members = Rivals(
+        networks.NETWORKS["resnet18"], built, networks.NETWORKS["resnet18"].make_args(1), tmp_path
+    ).members
+    assert members.shared == {}
+
+
 @pytest.mark.parametrize("name", ["stock_vmap", "ours_eager", "ours_auto"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_encoder_rivals_equal_the_loop(name: str, count: int, tiny_encoder: networks.Network, tmp_path: Path) -> None:
