@@ -109,7 +109,7 @@ def test_faster_transformer_chooses_its_handler(flat, changes) -> None:
         ({"do_lower_case": "perhaps"}, "do_lower_case: expected true or false, got 'perhaps'"),
         ({"max_length": "long"}, "max_length: expected a whole number, got 'long'"),
         ({"num_labels": "5"}, "num_labels: the settings say 5, the members' config.json has 2 labels"),
-        ({"mode": "text_generation"}, "mode: Input should be 'sequence_classification'"),
+        ({"mode": "text_generation"}, "mode: expected one of sequence_classification"),
         ({"max_lenght": "9"}, "unknown key 'max_lenght'; did you mean 'max_length'?"),
         ({"model_name": "bert-base-uncased"}, "no members: expected at least one checkpoint; give --members"),
     ],

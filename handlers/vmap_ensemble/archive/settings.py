@@ -190,7 +190,7 @@ def parse_settings(block: Mapping[str, Any], kind: type[SettingsType], where: st
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        got = "" if first["type"] in ("missing", "unknown_name") else f", got {first['input']!r}"
         raise SettingsError(f"{where}: {key}: {first['msg']}{got}") from None
 
 
