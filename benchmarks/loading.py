@@ -6,8 +6,8 @@
     python -m benchmarks.loading --architecture resnet50 --members 8 --served --against /tmp/first/handlers
 
 The bound: peak resident memory while loading is at most the stack plus one member plus the interpreter with its
-imports. Members differ in every weight; a fresh process loads them with the code that a worker runs. The first
-start has to measure how to run the forward, the later ones find that choice: both are shown.
+imports, as exactly as Linux counts it. Members differ in every weight; a fresh process loads them with the code that a
+worker runs. The first start has to measure how to run the forward, the later ones find that choice: both are shown.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ def load_once(folder: Path, tiny: Path, batch: int, cache: Path) -> dict[str, An
     return figures
 
 
+# Linux keeps what a process holds in one counter per core, and adds them up only when they exceed 32 pages or more
+# (percpu_counter_batch): a reading is that far from the truth on a small machine, and further on a large one.
+COUNTED_MIB = 1.0
 MEMORY = ("base_mib", "stack_mib", "one_member_mib", "peak_mib", "served_mib", "served_peak_mib")
 
 
@@ -110,7 +113,12 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the runs, and the bound that the peak is held against."""
     median = {key: statistics.median(run[key] for run in runs) for key in MEMORY}
     bound_mib = median["base_mib"] + median["stack_mib"] + median["one_member_mib"]
-    return {**median, "bound_mib": bound_mib, "holds": median["peak_mib"] <= bound_mib, **summarise_phases(runs)}
+    return {
+        **median,
+        "bound_mib": bound_mib,
+        "holds": median["peak_mib"] <= bound_mib + COUNTED_MIB,
+        **summarise_phases(runs),
+    }
 
 
 def summarise_phases(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,37 +149,43 @@ def measure(folder: Path, tiny: Path, runs: int, batch: int, cache: Path) -> dic
 
 def measure_served(folder: Path, work: Path, runs: int, batch: int) -> dict[str, Any]:
     """Start real TorchServes on the members: once without a kept choice, then `runs` times with it."""
-    from benchmarks.served_start import pack_folder, serve_once
+    from benchmarks.served_start import pack_folder
 
     archive = pack_folder(folder, work / "ens.mar", batch)
-    first, *later = [serve_once(archive, work / "served-cache") for _ in range(runs + 1)]
-    figures = {**summarise_phases(later), "first": summarise_phases([first])}
-    figures["ready_s"] = statistics.median(run["ready_s"] for run in later)
-    print_phases(f"real TorchServe, until READY; later: median of {runs}", figures["first"], figures)
-    figures["first"]["ready_s"] = first["ready_s"]
-    return figures
+    return _measure_starts("real TorchServe", archive, work / "served-cache", runs)
 
 
 def measure_other(folder: Path, work: Path, runs: int, batch: int, handlers: Path, ours: dict[str, Any]) -> Any:
-    """Start another version's handlers on the same members; a table of the seconds until READY.
+    """Start another version's handlers on the same members, as often; a table of the seconds until READY.
 
     Args:
         folder: The members' unpacked archive.
         work: Scratch.
-        runs: Starts; every one counts.
+        runs: Starts with a kept choice; a version that keeps none measures anew each time.
         batch: batchSize of the worker.
         handlers: The other version's handlers/.
         ours: What `measure_served` gave.
     """
-    from benchmarks.served_start import pack_folder, serve_once
+    from benchmarks.served_start import pack_folder
 
     archive = pack_folder(folder, work / "other.mar", batch, handlers)
-    starts = [serve_once(archive, work / "other-cache") for _ in range(runs)]
-    ready_s = statistics.median(start["ready_s"] for start in starts)
-    print(f"other version, serves {starts[-1]['serves']}: READY after {ready_s:.2f} s (median of {runs})")
-    for name, own_s in (("first start", ours["first"]["ready_s"]), ("kept choice", ours["ready_s"])):
-        print(f"  {name:<16} {own_s:8.2f} s, {own_s / ready_s:.2f} of it")
-    return {"ready_s": ready_s, "starts_s": [start["ready_s"] for start in starts], "serves": starts[-1]["serves"]}
+    other = _measure_starts("other version", archive, work / "other-cache", runs)
+    pairs = {"first start": (ours["first"]["ready_s"], other["first"]["ready_s"])}
+    pairs["kept choice"] = ours["ready_s"], other["ready_s"]
+    for name, (own_s, other_s) in pairs.items():
+        print(f"  READY, {name:<12} {own_s:8.2f} s, the other {other_s:.2f} s: {own_s / other_s:.2f} of it")
+    return other
+
+
+def _measure_starts(title: str, archive: Path, cache: Path, runs: int) -> dict[str, Any]:
+    from benchmarks.served_start import serve_once
+
+    first, *later = [serve_once(archive, cache) for _ in range(runs + 1)]
+    figures = {**summarise_phases(later), "first": summarise_phases([first])}
+    figures["ready_s"] = statistics.median(run["ready_s"] for run in later)
+    print_phases(f"{title}, until READY; later: median of {runs}", figures["first"], figures)
+    figures["first"]["ready_s"] = first["ready_s"]
+    return figures
 
 
 def main() -> int:

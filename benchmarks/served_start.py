@@ -38,7 +38,7 @@ MANIFEST = {
 
 def pack_folder(folder: Path, target: Path, batch: int, handlers: Path = ROOT / "handlers") -> Path:
     """Write an unpacked archive and the handler's code as a .mar, stored as ./archive.sh does."""
-    code = [handlers / "resnet_handler.py", *sorted((handlers / "vmap_ensemble").glob("*.py"))]
+    code = [handlers / "resnet_handler.py", *sorted((handlers / "vmap_ensemble").rglob("*.py"))]
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(MANIFEST))
         archive.writestr("model-config.yaml", WORKER_CONFIG.format(batch=batch))

@@ -3,6 +3,7 @@
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,12 +38,17 @@ def test_another_versions_handlers_are_packed(tmp_path: Path) -> None:
 def test_ours_is_told_as_a_share_of_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    starts = iter([20.0, 10.0, 12.0])
+    starts = iter([20.0, 10.0, 12.0, 14.0])
     monkeypatch.setattr(served_start, "pack_folder", lambda *args: args[1])
-    monkeypatch.setattr(served_start, "serve_once", lambda *args: {"ready_s": next(starts), "serves": "eager"})
+
+    def start(*_args: Any) -> dict[str, Any]:
+        ready_s = next(starts)
+        return {"ready_s": ready_s, "phases_s": {"import": ready_s / 2}, "serves": "eager", "reason": "asked for"}
+
+    monkeypatch.setattr(served_start, "serve_once", start)
     ours = {"ready_s": 6.0, "first": {"ready_s": 15.0}}
     other = loading.measure_other(tmp_path, tmp_path, 3, 8, tmp_path / "handlers", ours)
-    assert other == {"ready_s": 12.0, "starts_s": [20.0, 10.0, 12.0], "serves": "eager"}
+    assert (other["first"]["ready_s"], other["ready_s"], other["phases_s"]) == (20.0, 12.0, {"import": 6.0})
     printed = capsys.readouterr().out
-    assert "15.00 s, 1.25 of it" in printed
-    assert "6.00 s, 0.50 of it" in printed
+    assert "15.00 s, the other 20.00 s: 0.75 of it" in printed
+    assert "6.00 s, the other 12.00 s: 0.50 of it" in printed
