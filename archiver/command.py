@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "archive": ("archiver.__main__", (), "build archives: what ./archive.sh does"),
     "check": ("archiver.__main__", ("--check",), "load an archive and ask it: check MAR [INPUT]"),
     "list": ("archiver.__main__", ("--list",), "list the blocks of setup_config.json"),
+    "predict": ("vmap_ensemble.offline.command", (), "answer a folder or a table: predict MAR INPUT --output FILE"),
     "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 

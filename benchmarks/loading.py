@@ -6,8 +6,8 @@
     python -m benchmarks.loading --architecture resnet50 --members 8 --served --against /tmp/first/handlers
 
 The bound: peak resident memory while loading is at most the stack plus one member plus the interpreter with its
-imports, as exactly as Linux counts it. Members differ in every weight; a fresh process loads them with the code that a
-worker runs. The first start has to measure how to run the forward, the later ones find that choice: both are shown.
+imports, as exactly as Linux counts it. Members differ in every weight; a fresh process loads them with the code that
+a worker runs. The first start has to measure how to run the forward, the later ones find that choice: both are shown.
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
 from vmap_ensemble.execution.modes import Execution, prove
 from vmap_ensemble.execution.register import ExecutionOptions
+from vmap_ensemble.many import Numbered, Windows, answer_window, find_batch, load_windows, open_item
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.starting import (
@@ -252,7 +252,7 @@ class Ensemble:
             raise ValueError(f"errors: expected 'raise' or 'return', got {errors!r}")
         self.check_subset(subset)
         options = Options(detail=detail, subset=None if subset is None else tuple(subset), top_k=top_k)
-        found = self.task.parse_items([_opened(item) for item in items])
+        found = self.task.parse_items([open_item(item) for item in items])
         good = [index for index, outcome in enumerate(found) if not isinstance(outcome, Exception)]
         answers = self.answer([found[index] for index in good], [options] * len(good)) if good else []
         for index, answer in zip(good, answers, strict=True):
@@ -264,6 +264,38 @@ class Ensemble:
                 if isinstance(outcome, Exception):
                     raise outcome
         return found
+
+    def predict_many(
+        self,
+        items: Iterable[Any],
+        *,
+        subset: Sequence[str] | None = None,
+        top_k: int | None = None,
+        detail: bool = False,
+        batch_size: int | None = None,
+        workers: int = 0,
+    ) -> Iterator[Answer | ItemError]:
+        """Answer any number of items, one after another, in constant memory.
+
+        Args:
+            items: As of `predict`; read as far as the answers are taken.
+            subset: Names of the members that are asked; all by default.
+            top_k: Number of labels in an answer.
+            detail: Whether each answer tells what each member says.
+            batch_size: Examples in a forward; measured on the first items by default.
+            workers: Processes that read, decode and tokenise ahead; items must then be a sequence, or something
+                else that can be iterated over anew.
+
+        Yields:
+            One Answer per item, in order; in place of one that can't be had the ItemError that says why.
+        """
+        self.check_subset(subset)
+        options = Options(detail=detail, subset=None if subset is None else tuple(subset), top_k=top_k)
+        if workers and iter(items) is items:
+            raise ValueError("workers: expected items that each process can iterate over anew, such as a list")
+        for _, examples in load_windows(Windows(self.task, Numbered(items)), workers):
+            batch_size = batch_size or find_batch(self, examples, options)
+            yield from answer_window(self, examples, options, batch_size)
 
     @torch.inference_mode()
     def answer(self, examples: Sequence[Any], options: Sequence[Options]) -> list[Answer | ItemError]:
@@ -292,12 +324,10 @@ class Ensemble:
         Returns:
             The model's output structure; each tensor (M, B, ...), member-major, on the members' device.
         """
-        args = self._arguments(batch)
-        count = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
-        if not self.alone or count < 2:
-            return self.run(*args)
-        rows = [self.run(*(arg[i : i + 1] if isinstance(arg, Tensor) else arg for arg in args)) for i in range(count)]
-        return pytree.tree_map(lambda *leaves: torch.cat(leaves, dim=1), *rows)
+        rows = self._rows(batch) if self.alone else [self._arguments(batch)]
+        if len(rows) == 1:
+            return self.run(*rows[0])
+        return pytree.tree_map(lambda *leaves: torch.cat(leaves, dim=1), *(self.run(*row) for row in rows))
 
     __call__ = outputs
 
@@ -327,7 +357,7 @@ class Ensemble:
         Raises:
             NotOffered: The task gives no explanations.
         """
-        examples = [self.task.parse(_opened(item)) for item in items]
+        examples = [self.task.parse(open_item(item)) for item in items]
         return self.task.explain(self, examples, [Options(**options)] * len(examples))
 
     def _seen(self, outputs: Any) -> Any:
@@ -361,9 +391,20 @@ class Ensemble:
         if not self.weights_of([Options(subset=tuple(subset))]).any():
             raise UnfitItem("subset: the settings give its members no weight")
 
+    def _rows(self, batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The arguments of each example of a batch alone; items of a list with no padding for their neighbours."""
+        if len(batch) == 1 and isinstance(batch[0], (list, tuple)):
+            return [self._arguments(([item],)) for item in batch[0]]
+        args = self._arguments(batch)
+        count = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
+        return [
+            tuple(arg[i : i + 1] if isinstance(arg, Tensor) and count > 1 else arg for arg in args)
+            for i in range(count)
+        ]
+
     def _arguments(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(batch) == 1 and isinstance(batch[0], (list, tuple)):
-            examples = [self.task.parse(_opened(item)) for item in batch[0]]
+            examples = [self.task.parse(open_item(item)) for item in batch[0]]
             return self.task.collate(examples)
         return tuple(_move(argument, self.task.place) for argument in batch)
 
@@ -405,14 +446,6 @@ class Ensemble:
             "equivalence": dataclasses.asdict(self.proof) if self.proof else None,
             "load_s": self.timed.rounded(),
         }
-
-
-def _opened(item: Any) -> Any:
-    """A path as the bytes of its file, JSON as what it says; anything else as it is."""
-    if not isinstance(item, Path):
-        return item
-    data = item.read_bytes()
-    return json.loads(data) if item.suffix == ".json" else data
 
 
 def _move(argument: Any, place: Place) -> Any:

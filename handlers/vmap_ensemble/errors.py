@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import traceback
+from pathlib import Path
 
 
 class EnsembleError(Exception):
@@ -74,6 +76,10 @@ class RequestError(ItemError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self) -> tuple[type[RequestError], tuple[int, str]]:
+        # Copied, and brought over from another process, with both; an exception alone would keep its text.
+        return type(self), (self.status, self.message)
+
 
 def numbered(error: ItemError, number: int) -> ItemError:
     """The same error, whose text begins with the number of the item in its list."""
@@ -85,3 +91,11 @@ def numbered(error: ItemError, number: int) -> ItemError:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def where(error: Exception) -> str:
+    """Type and innermost frames of an error, without its text, which may quote the request."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__} in " + " < ".join(
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from archiver.__main__ import main
+from archiver.command import main as command
 from vmap_ensemble.models.mnist import MnistNet
 
 pytest.importorskip("transformers")
@@ -48,7 +50,7 @@ def project(tmp_path, monkeypatch):
 
 def test_blocks_of_the_pages_run_as_written(project, capsys):
     space: dict = {"__name__": "page"}
-    for file in ("README.md", "docs/library.md"):
+    for file in ("README.md", "docs/library.md", "docs/offline.md"):
         page = (ROOT / file).read_text(encoding="utf-8")
         for block in re.findall(r"```python\n(.*?)```", page, re.S):
             exec(compile(block, file, "exec"), space)
@@ -57,3 +59,13 @@ def test_blocks_of_the_pages_run_as_written(project, capsys):
     assert '"uncertainty"' in shown
     assert space["outputs"].shape == (3, 8, 10)
     assert transformers.__version__
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/offline.md"])
+def test_the_command_for_a_folder_runs_as_written(project, file):
+    page = (ROOT / file).read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ *vmap-ensemble (predict .*)$", page, re.M)
+    assert command(shlex.split(line)) == 0
+    answers = [json.loads(row) for row in Path("answers.jsonl").read_text().splitlines()]
+    assert [row["input"] for row in answers] == [f"{digit}.png" for digit in range(10)]
+    assert all(row["answer"]["prediction"]["label"] for row in answers)

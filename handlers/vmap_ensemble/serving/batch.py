@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from vmap_ensemble.ensemble import Ensemble
-from vmap_ensemble.errors import ItemError, NoAnswer, OutOfMemory, RequestError, numbered
+from vmap_ensemble.errors import ItemError, OutOfMemory, RequestError, numbered, where
+from vmap_ensemble.many import answer_each
 from vmap_ensemble.serving.requests import Request, error_body, read_request, wrap_answers
 from vmap_ensemble.serving.statuses import status_of
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
@@ -145,21 +144,9 @@ class _Batch:
 
     def _predict(self, examples: list[Any], options: list[Options]) -> list[Answer | ItemError]:
         """One forward for the batch; should it fail, one for each example, so that neighbours are answered."""
-        failure: ItemError
-        try:
-            return self.ensemble.answer(examples, options)
-        except ItemError as error:
-            failure = error
-        except torch.OutOfMemoryError:
-            failure = OutOfMemory("not enough memory for this input")
-        except Exception as error:
-            logger.error("the forward of a batch of %d failed: %s", len(examples), where(error))
-            failure = NoAnswer("the model failed on this input")
-        if len(examples) == 1:
-            return [failure]
-        self.record("EnsembleFallbacks", 1, "one_by_one")
-        logger.warning("a batch of %d failed as a whole; answering its examples one by one", len(examples))
-        return [self._predict([e], [o])[0] for e, o in zip(examples, options, strict=True)]
+        return answer_each(
+            self.ensemble, examples, options, lambda: self.record("EnsembleFallbacks", 1, "one_by_one")
+        )
 
     def _reply(self, request: Request, answers: list[Answer | ItemError]) -> str:
         for number, answer in enumerate(answers):
@@ -208,11 +195,3 @@ def _numbered(number: int, request: Request) -> Iterator[None]:
         yield
     except ItemError as error:
         raise numbered(error, number) if len(request.items) > 1 else error from None
-
-
-def where(error: Exception) -> str:
-    """Type and innermost frames of an error, without its text, which may quote the request."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    return f"{type(error).__name__} in " + " < ".join(
-        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)
-    )

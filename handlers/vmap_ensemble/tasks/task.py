@@ -83,6 +83,7 @@ class Task:
         threads_from_bytes: Size of a batch's files and texts from which `parse` is called for several items at a
             time, one per core: worth it where items cost most of their time outside of Python. None: never.
         lists_are_batches: Whether a JSON list is a batch of items; otherwise it is one item, a tensor.
+        reads_texts: Whether a text is an item; otherwise a file's bytes are.
     """
 
     settings_class: type[Settings] = Settings
@@ -90,6 +91,7 @@ class Task:
     default_input_shape: tuple[int, ...] | None = None
     threads_from_bytes: int | None = None
     lists_are_batches: bool = False
+    reads_texts: bool = False
     settings: Any
 
     def __init__(self, settings: Settings, place: Place) -> None:
@@ -134,6 +136,10 @@ class Task:
         return (
             batch.to(self.place.device, self.place.dtype if batch.is_floating_point() else None, non_blocking=True),
         )
+
+    def size_of(self, example: Any) -> int:
+        """What an example costs beside others: a batch of like sizes needs least padding."""
+        return 0
 
     def sample_examples(self, count: int) -> list[Any]:
         """Examples to prove the forward on at load: seeded noise in the input's shape."""

@@ -23,6 +23,7 @@ from vmap_ensemble.tasks.text.inputs import TEXT_KEYS
 from vmap_ensemble.tasks.text.mode import TextExample, TextMode, pad_windows
 from vmap_ensemble.tasks.text.register import mode_class
 from vmap_ensemble.tasks.text.settings import TextSettings
+from vmap_ensemble.tasks.text.windows import agree_on_padding
 
 
 class TextTask(Task):
@@ -44,6 +45,7 @@ class TextTask(Task):
 
     settings_class: type[TextSettings] = TextSettings
     lists_are_batches = True
+    reads_texts = True
     argument_names: list[str]
 
     def __init__(
@@ -61,7 +63,7 @@ class TextTask(Task):
         kind = mode_class(self.settings, config)
         self.mode: TextMode = kind(self.settings, self.tokenizer, labels, place.names, positions, vocabulary)
         self.pads = {
-            "input_ids": self.tokenizer.pad_token_id or 0,
+            "input_ids": agree_on_padding(self.tokenizer, config),
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
 
@@ -88,6 +90,10 @@ class TextTask(Task):
         windows = [window for example in examples for window in example.windows]
         device = self.place.device
         return tuple(tensor.to(device) for tensor in pad_windows(windows, self.argument_names, self.pads))
+
+    def size_of(self, example: TextExample) -> int:
+        """Tokens over all windows."""
+        return example.tokens
 
     def check_examples(self, examples: Sequence[TextExample]) -> None:
         """Count the tokens of a request's texts.

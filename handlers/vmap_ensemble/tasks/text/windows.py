@@ -105,3 +105,24 @@ def vocabulary_of(model: Any) -> int | None:
         return int(model.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
         return None
+
+
+def agree_on_padding(tokenizer: Any, config: Any) -> int:
+    """The token that texts are filled up with, which the model knows as its padding from now on.
+
+    Heads of decoders read the last token that isn't padding, by the id in the model's config, whatever the tokenizer
+    fills with. A config without one takes the tokenizer's, or a special token that no text ends with.
+
+    Args:
+        tokenizer: Of the members.
+        config: The model's own, changed where it names no padding token.
+    """
+    own = config.get_text_config()
+    if own.pad_token_id is not None and own.pad_token_id >= 0:
+        return int(own.pad_token_id)
+    ends = set(tokenizer("a")["input_ids"][-1:])
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids]
+    found = next((number for number in known if number is not None and number not in ends), None)
+    if found is not None:
+        own.pad_token_id = found
+    return int(found or 0)
