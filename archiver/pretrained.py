@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from archiver.adapters import ADAPTER, ADAPTER_WEIGHTS, is_adapter
@@ -227,6 +229,8 @@ def adapt_state(state: State, model: nn.Module, embedding: bool) -> tuple[State,
         heads = [key for key in state if not key.startswith(prefix)]
         stripped = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
         state = {_modern_key(key.removeprefix(prefix), known): tensor for key, tensor in stripped.items()}
+    if not known <= set(state):
+        state = _converted(state, model) or state
     unused = [key for key, tensor in state.items() if key not in known and _is_spare(key, tensor)]
     # Called as the checkpoint calls them.
     left_out = [f"{prefix}{key}" for key in unused] if heads else unused
@@ -239,6 +243,33 @@ def _modern_key(key: str, known: set[str]) -> str:
         if key not in known and key.endswith(old):
             return key.removesuffix(old) + new
     return key
+
+
+def _converted(state: State, model: nn.Module) -> State | None:
+    """The state dict as transformers reads it: save_pretrained writes some models otherwise than they are in memory.
+
+    Mixtures of experts are written expert by expert, and renamed models as the first authors called their layers.
+
+    Returns:
+        None where transformers doesn't find all of the model's tensors in it either, or has no use for some.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
+    options = {"config": copy.deepcopy(model.config), "state_dict": dict(state), "dtype": dtype}
+    read: Any = type(model).from_pretrained
+    try:
+        made, info = read(None, output_loading_info=True, **options)
+    except Exception:  # whatever a conversion raises that lacks a tensor: the comparison of keys says what is wrong
+        return None
+    known = model.state_dict()
+    foreign = [key for key in info["unexpected_keys"] if not _is_spare(key, state.get(key, torch.empty(0)))]
+    if foreign or known.keys() & set(info["missing_keys"]):
+        return None
+    found: State = {key: tensor for key, tensor in made.state_dict().items() if key in known}
+    return found
 
 
 def _is_spare(key: str, tensor: Tensor) -> bool:

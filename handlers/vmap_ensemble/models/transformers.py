@@ -93,6 +93,9 @@ def build_transformers(mode: str, folder: Path | None) -> nn.Module:
             f"{PRETRAINED_FOLDER}/{CONFIG_FILE}: model_type '{config.model_type}' has no {auto_name}; "
             f"mode '{mode}' can't be served"
         )
+    # What a decoder would keep for its next token is no output: texts are read once.
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
     # float32 whatever the configuration says: the settings' dtype is applied to the members.
     options: dict[str, Any] = {
         "attn_implementation": "sdpa" if kind._supports_sdpa else "eager",
