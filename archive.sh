@@ -3,10 +3,12 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-needed='import torch, torchvision, safetensors, pydantic, rich'
+# Looked for, not imported: that takes seconds, and --help needs none of them.
+needed='import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))'
 
 can_archive() {
-    [ -n "$1" ] && command -v "$1" >/dev/null 2>&1 && "$1" -c "$needed" >/dev/null 2>&1
+    [ -n "$1" ] && command -v "$1" >/dev/null 2>&1 && "$1" -c "$needed" torch torchvision safetensors pydantic rich >/dev/null 2>&1
 }
 
 python=""

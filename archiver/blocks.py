@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import re
 from collections.abc import Mapping
@@ -58,6 +59,8 @@ class ArchiveRequest:
     compile: bool = False
     # Which weights to take of checkpoints that hold several, such as `ema`.
     checkpoint_weights: str | None = None
+    # Whether the archive is loaded once before it is done.
+    check: bool = True
 
 
 def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]]:
@@ -94,11 +97,19 @@ def make_request(
     *,
     members: list[str] | None = None,
     handler: str | None = None,
+    architecture: str | None = None,
     model_file: str | None = None,
-    allow_nan: bool = False,
+    input_shape: list[int] | None = None,
+    labels: str | None = None,
+    model_config: str | None = None,
+    version: str | None = None,
+    set: Mapping[str, Any] | None = None,
     pretrained: str | None = None,
     samples: list[str] | None = None,
     weights: str | None = None,
+    allow_nan: bool = False,
+    compile: bool = False,
+    no_check: bool = False,
 ) -> ArchiveRequest:
     """Join one block with the command line, which wins.
 
@@ -106,8 +117,7 @@ def make_request(
         name: Name of the archive.
         blocks: What `read_blocks` returned; the block may be absent when handler and members are given.
         folder: Where paths inside the block start: the folder of setup_config.json.
-        members, handler, model_file, allow_nan, pretrained, samples, weights: From the command line; paths start
-            at the working directory.
+        members, handler, ..., no_check: From the command line; paths start at the working directory.
 
     Raises:
         ArchiveError: The name is not allowed, or something that an archive needs is missing.
@@ -118,12 +128,18 @@ def make_request(
         )
     if name not in blocks and not (handler and members):
         raise ArchiveError(f"'{name}' is not in setup_config.json{_hint(name, blocks)}")
-    block = dict(blocks.get(name, {}))
+    told = {"architecture": architecture, "input_shape": input_shape}
+    block = {
+        **blocks.get(name, {}),
+        **{key: value for key, value in told.items() if value is not None},
+        **(set or {}),
+    }
     given = {key: block.pop(key) for key in ARCHIVER_KEYS if key in block}
     handler_path = _find_handler(name, handler, block.get("handler"), folder)
-    model_path = Path(model_file).absolute() if model_file else _path(name, given, "model_file", folder)
-    if model_path is not None:
-        block.setdefault("architecture", model_path.name)
+    model_path, class_name = _model_file(name, model_file, given, folder)
+    if model_path is not None and (class_name or architecture is None):
+        named = f"{model_path.name}:{class_name}" if class_name else model_path.name
+        block = {**block, "architecture": named} if model_file else {"architecture": named, **block}
     extra = given.get("extra_files", [])
     if not isinstance(extra, list) or not all(isinstance(item, str) for item in extra):
         raise ArchiveError(f"'{name}': extra_files: expected a list of paths, got {extra!r}")
@@ -134,18 +150,47 @@ def make_request(
         handler=handler_path,
         members=members if members is not None else _check_members(name, given.get("members", [])),
         settings={**block, "name": name, "handler": handler_path.name},
-        labels=_path(name, given, "labels", folder),
-        model_config=_path(name, given, "model_config", folder),
+        labels=Path(labels).absolute() if labels else _path(name, given, "labels", folder),
+        model_config=Path(model_config).absolute() if model_config else _path(name, given, "model_config", folder),
         model_file=model_path,
         extra_files=tuple(folder / item for item in extra),
-        version=_version(name, given.get("version", "1.0")),
+        version=_version(name, version or given.get("version", "1.0")),
         allow_nan=allow_nan or _flag(name, "allow_nan", given.get("allow_nan", False)),
         pretrained=Path(pretrained).absolute() if pretrained else _path(name, given, "pretrained", folder),
         library_path=_path(name, given, "library_path", folder),
         samples=_sample_paths(name, given.get("samples"), folder, samples),
         max_changed_predictions=_share(name, given.get("max_changed_predictions", MAX_CHANGED_PREDICTIONS)),
         checkpoint_weights=weights or _text(name, given, "checkpoint_weights"),
+        compile=compile,
+        check=not no_check,
     )
+
+
+def check_files(request: ArchiveRequest) -> None:
+    """Find what isn't there before anything that takes time is imported.
+
+    Raises:
+        ArchiveError: Names the file, and the key that asks for it.
+    """
+    for path in (request.labels, request.model_config, request.model_file):
+        if path is not None and not path.is_file():
+            raise ArchiveError(f"'{request.name}': {path.name}: no such file")
+    members = request.members.values() if isinstance(request.members, dict) else request.members
+    for spec in members:
+        if ":" not in spec and not glob.has_magic(spec) and not (request.folder / spec).exists():
+            raise ArchiveError(f"member '{spec}': no such file or folder")
+
+
+def _model_file(name: str, model_file: str | None, given: Mapping[str, Any], folder: Path) -> tuple[Path | None, str]:
+    """The file, and the class in it that `model.py:Class` names."""
+    value = model_file if model_file is not None else given.get("model_file")
+    if value is None:
+        return None, ""
+    if not isinstance(value, str):
+        raise ArchiveError(f"'{name}': model_file: expected a path, got {value!r}")
+    file, _, class_name = value.partition(".py:")
+    path = Path(f"{file}.py" if class_name else value)
+    return path.absolute() if model_file is not None else (folder / path).absolute(), class_name
 
 
 def _hint(name: str, blocks: Mapping[str, Any]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from archiver.blocks import ArchiveRequest
+from archiver.blocks import ArchiveRequest, check_files
+from archiver.check import load_stage
 from archiver.claims import (
     claimed_architecture,
     claimed_classes,
@@ -21,6 +23,7 @@ from archiver.claims import (
     stage_labels,
 )
 from archiver.compile import check_compiler, compile_archive
+from archiver.guess import describe_assumption
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.kernels import add_kernels
 from archiver.pack import pack_archive, settings_of, target_path
@@ -33,8 +36,9 @@ from archiver.source import Source
 from archiver.survey import Survey, survey_members
 from archiver.tokenizers import check_tokenizer, fit_tokenizer, set_lower_case
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
+from archiver.worker_config import config_name, describe_worker, read_worker_config
 from vmap_ensemble.archive.settings import known_keys, parse_settings
-from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.errors import ArchiveError, MemberError
 from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture
 from vmap_ensemble.models.text_modes import DEFAULT_MODE, is_labelled
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER, read_config
@@ -43,7 +47,7 @@ from vmap_ensemble.tasks.task import Task
 Step = Callable[[str], None]
 
 
-def build_archive(request: ArchiveRequest, output: Path, force: bool, console: Console) -> Path:
+def build_archive(request: ArchiveRequest, output: Path, force: bool, console: Console, debug: bool = False) -> Path:
     """Build one archive and print what went in and what came out.
 
     Args:
@@ -51,6 +55,7 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
         output: Folder of the archive, the model store.
         force: Replace an archive that exists.
         console: Where reports and progress go.
+        debug: Print the log of an archive that can't be loaded.
 
     Returns:
         The path of the archive.
@@ -59,9 +64,7 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
         EnsembleError: One line that says what is refused; the archive that was there is untouched.
     """
     target = target_path(output, request.name, force)
-    for path in (request.labels, request.model_config, request.model_file):
-        if path is not None and not path.is_file():
-            raise ArchiveError(f"'{request.name}': {path.name}: no such file")
+    check_files(request)
     if request.compile:
         check_compiler()  # before minutes of other work
     handler = load_handler(request.handler)
@@ -69,10 +72,12 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     check_block(request.settings, handler, where)
     check_precision(request, parse_settings(request.settings, handler.settings_class, where))
     with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
-        return _build(request, handler, Path(scratch), target, console)
+        return _build(request, handler, Path(scratch), target, console, debug)
 
 
-def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: Path, console: Console) -> Path:
+def _build(
+    request: ArchiveRequest, handler: type[Task], scratch: Path, target: Path, console: Console, debug: bool
+) -> Path:
     sources = resolve_members(request.members, request.folder, scratch)
     request = _with_pretrained(request, handler, sources, scratch, console)
     survey: Survey | TracedMembers
@@ -86,12 +91,14 @@ def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: 
             )
         survey = _survey_traced(request, sources, scratch, console)
     else:
+        assumed = not request.settings.get("architecture")
         request = _with_claims(_with_architecture(request, handler), handler, sources, console)
-        survey = _survey(request, sources, console)
+        survey = _survey(request, sources, console, assumed)
         request = _with_labels(request, handler, survey, scratch)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
-    more = (3 if request.samples else 0) + (2 if request.compile else 0)
+    runs = []
+    more = (3 if request.samples else 0) + (2 if request.compile else 0) + (1 if request.check else 0)
     with _progress(console, f"pack {request.name}", len(sources) + 2 + more) as step:
 
         def complete(stage: Path) -> None:
@@ -101,9 +108,14 @@ def _build(request: ArchiveRequest, handler: type[Task], scratch: Path, target: 
                 show_precision(console, found)
             if request.compile:
                 compile_archive(handler, request, stage, step)
+            worker = read_worker_config(stage / config_name(request), config_name(request))
+            runs.append(("serving", describe_worker(worker)))
+            if request.check:
+                step("load once, as a worker will")
+                runs.append(("loaded once", _load_once(request.name, stage, worker, console if debug else None)))
 
         manifest = pack_archive(request, survey, target, step, complete)
-    show_archive(console, target, manifest)
+    show_archive(console, target, manifest, runs)
     return target
 
 
@@ -182,7 +194,7 @@ def _with_architecture(request: ArchiveRequest, handler: type[Task]) -> ArchiveR
     return dataclasses.replace(request, settings={**request.settings, "architecture": architecture})
 
 
-def _survey(request: ArchiveRequest, sources: list[Source], console: Console) -> Survey:
+def _survey(request: ArchiveRequest, sources: list[Source], console: Console, assumed: bool) -> Survey:
     architecture = str(request.settings.get("architecture", ""))
     folder = request.model_file.parent if request.model_file else None
     if architecture.startswith(TRANSFORMERS) and request.pretrained is not None:
@@ -191,7 +203,11 @@ def _survey(request: ArchiveRequest, sources: list[Source], console: Console) ->
         given = request.settings.get("num_classes")
         num_classes = int(given) if given else None  # the settings take text, too
         options = (folder, request.allow_nan, step, request.checkpoint_weights)
-        return survey_members(sources, architecture, num_classes, *options)
+        try:
+            return survey_members(sources, architecture, num_classes, *options)
+        except MemberError as error:
+            told = describe_assumption(architecture, assumed, sources, request.checkpoint_weights)
+            raise MemberError(f"{error}{told}") from None
 
 
 def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console) -> TracedMembers:
@@ -205,6 +221,16 @@ def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path
         traced = survey_traced(request, trace_directories(request, sources, scratch), step)
     show_traced(console, request.name, traced)
     return traced
+
+
+def _load_once(name: str, stage: Path, worker: Mapping[str, Any], debug: Console | None) -> str:
+    """How it is run, or why that can't be known here."""
+    import torch
+
+    device = str((worker.get("handler") or {}).get("device") or "")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return f"no: {device} isn't on this machine; ./archive.sh --check where it is"
+    return load_stage(f"{name}.mar", stage, debug)
 
 
 @contextmanager

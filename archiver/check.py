@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 
 CHILD = Path(__file__).with_name("check_child.py")
 CHECK_TIMEOUT_S = 900
@@ -40,7 +44,11 @@ def check_archive(path: Path, request: Path | None, console: Console, debug: boo
         start = time.perf_counter()
         count = _unpack(path, folder)
         _print_phase(console, "unpack", time.perf_counter() - start, f"{count} files")
-        _run_child(path, folder, request, console, debug)
+
+        def tell(row: dict[str, Any]) -> None:
+            _print_phase(console, row["phase"], row["seconds"], row["detail"])
+
+        _run_child(path.name, folder, request, tell, console if debug else None)
 
 
 def _unpack(path: Path, folder: Path) -> int:
@@ -58,7 +66,39 @@ def _unpack(path: Path, folder: Path) -> int:
     return len(names)
 
 
-def _run_child(path: Path, folder: Path, request: Path | None, console: Console, debug: bool) -> None:
+def load_stage(name: str, stage: Path, debug: Console | None = None) -> str:
+    """Load what becomes an archive once, as a worker will, and keep in it how its forward is run fastest here.
+
+    Args:
+        name: What errors call it.
+        stage: Its root.
+        debug: Where the log of a failure is printed.
+
+    Returns:
+        One line: how it is run, and why.
+
+    Raises:
+        ArchiveError: No worker could load it: one line that says why.
+    """
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="load-") as cache:
+        _run_child(name, stage, None, found.append, debug, {"XDG_CACHE_HOME": cache})
+        choices = sorted((Path(cache) / "vmap-ensemble" / "execution").glob("execution-*.json"))
+        if choices:
+            (stage / CHOICES_FOLDER).mkdir()
+        for choice in choices:
+            shutil.copyfile(choice, stage / CHOICES_FOLDER / choice.name)
+    return next((str(row["detail"]) for row in found if row["phase"] == "execution"), "")
+
+
+def _run_child(
+    name: str,
+    folder: Path,
+    request: Path | None,
+    tell: Callable[[dict[str, Any]], None],
+    debug: Console | None,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     reader, writer = os.pipe()
     command = [
         *(sys.executable, str(CHILD), str(folder)),
@@ -66,7 +106,7 @@ def _run_child(path: Path, folder: Path, request: Path | None, console: Console,
     ]
     # A caller's PYTHONPATH comes before the archive in a worker too; here it would hide what is missing.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", **(variables or {})}
     with tempfile.TemporaryFile(mode="w+") as log:
         child = subprocess.Popen(command, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT)
         os.close(writer)
@@ -74,7 +114,7 @@ def _run_child(path: Path, folder: Path, request: Path | None, console: Console,
         alarm = threading.Timer(CHECK_TIMEOUT_S, child.kill)
         alarm.start()
         try:
-            error = _read_phases(reader, console)
+            error = _read_phases(reader, tell)
             code = child.wait()
         finally:
             alarm.cancel()
@@ -83,20 +123,20 @@ def _run_child(path: Path, folder: Path, request: Path | None, console: Console,
         if code != 0 or error:
             log.seek(0)
             text = log.read().strip()
-            if debug:
-                console.print(text, markup=False, highlight=False)
+            if debug is not None:
+                debug.print(text, markup=False, highlight=False)
             last = (text.splitlines() or ["no output"])[-1]
-            raise ArchiveError(f"{path.name}: {error or f'the process ended with {code}: {last}'}")
+            raise ArchiveError(f"{name}: {error or f'the process ended with {code}: {last}'}")
 
 
-def _read_phases(reader: int, console: Console) -> str:
-    """Print phases as they end; returns the error line, if any."""
+def _read_phases(reader: int, tell: Callable[[dict[str, Any]], None]) -> str:
+    """Tell of phases as they end; returns the error line, if any."""
     with os.fdopen(reader) as lines:
         for line in lines:
             row = json.loads(line)
             if "error" in row:
                 return str(row["error"])
-            _print_phase(console, row["phase"], row["seconds"], row["detail"])
+            tell(row)
     return ""
 
 

@@ -21,12 +21,14 @@ from archiver import HANDLERS
 from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
+from archiver.worker_config import CONFIG_FILE, DEFAULT, config_name
 from vmap_ensemble.archive.labels import LABELS_FILE
 from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file, list_code
 from vmap_ensemble.archive.precision import PRECISION_FILE
 from vmap_ensemble.archive.settings import SETTINGS_FILE
 from vmap_ensemble.core.members import Member
 from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 from vmap_ensemble.version import __version__
@@ -35,8 +37,9 @@ PACKAGE = "vmap_ensemble"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
 RESERVED_NAMES = (
     *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
-    *(COMPILED_FOLDER, "MAR-INF"),
+    *(COMPILED_FOLDER, CHOICES_FOLDER, "MAR-INF"),
 )
+DESCRIPTION = "MAR-INF/MANIFEST.json"
 
 Step = Callable[[str], None]
 
@@ -82,6 +85,7 @@ def pack_archive(
         stage = work / "stage"
         try:
             manifest = _stage(request, survey, stage, step)
+            write_description(stage, describe_model(request))
             complete(stage)
             for cache in list(stage.rglob("__pycache__")):
                 shutil.rmtree(cache)  # of modules that `complete` imported
@@ -89,7 +93,7 @@ def pack_archive(
             (stage / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
             step("pack")
             built = work / target.name
-            write_mar(built, stage, describe_model(request))
+            write_mar(built, stage)
             os.replace(built, target)
         except OSError as error:
             raise ArchiveError(f"{target.name}: can't be written ({error})") from None
@@ -121,6 +125,8 @@ def _stage(request: ArchiveRequest, survey: Survey | TracedMembers, stage: Path,
     shutil.copyfile(request.handler, stage / request.handler.name)
     if request.model_config is not None:
         _copy_extra(request.model_config, stage, request)
+    else:
+        (stage / CONFIG_FILE).write_text(DEFAULT, encoding="utf-8")
     if request.labels is not None:
         shutil.copyfile(request.labels, stage / LABELS_FILE)
     for path in (*request.extra_files, *((request.model_file,) if request.model_file else ())):
@@ -174,19 +180,28 @@ def _write(stage: Path, name: str, source: str, tensors: Mapping[str, Tensor], d
 
 def describe_model(request: ArchiveRequest) -> dict[str, Any]:
     """MAR-INF/MANIFEST.json of an archive, with the keys that TorchServe reads (Manifest.java)."""
-    model = {"modelName": request.name, "handler": request.handler.name, "modelVersion": request.version}
-    if request.model_config is not None:
-        model["configFile"] = request.model_config.name
+    model = {
+        "modelName": request.name,
+        "handler": request.handler.name,
+        "modelVersion": request.version,
+        "configFile": config_name(request),
+    }
     created = datetime.now().strftime("%d/%m/%Y %H:%M:%S")
     return {"createdOn": created, "runtime": "python", "model": model, "archiverVersion": __version__}
 
 
-def write_mar(path: Path, stage: Path, manifest: Mapping[str, Any]) -> None:
-    """Zip a folder as TorchServe wants it: files and folders in the root, stored as they are, the manifest last.
+def write_description(stage: Path, manifest: Mapping[str, Any]) -> None:
+    """MAR-INF/MANIFEST.json of a folder that becomes an archive."""
+    (stage / DESCRIPTION).parent.mkdir(parents=True, exist_ok=True)
+    (stage / DESCRIPTION).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def write_mar(path: Path, stage: Path) -> None:
+    """Zip a folder as TorchServe wants it: files and folders in the root, stored as they are, its manifest last.
 
     Weights don't compress; deflating them takes ten times as long, and so does the unpacking at every start.
     """
+    files = [file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
-        for file in sorted(file for file in stage.rglob("*") if file.is_file()):
-            archive.write(file, file.relative_to(stage).as_posix())
-        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest, indent=2))
+        for name in sorted(files, key=lambda name: (name == DESCRIPTION, name)):
+            archive.write(stage / name, name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from archiver.precision import describe
@@ -78,13 +79,15 @@ def show_kernels(console: Console, reason: str | None) -> None:
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_archive(console: Console, path: Path, manifest: Manifest) -> None:
-    """After packing: what was made."""
+def show_archive(console: Console, path: Path, manifest: Manifest, runs: Sequence[tuple[str, str]] = ()) -> None:
+    """After packing: what was made, and how it runs."""
     table = Table(title="archive", title_justify="left", show_header=False)
     table.add_row("path", str(path))
     table.add_row("size", show_bytes(path.stat().st_size))
     table.add_row("members", ", ".join(member.name for member in manifest.members))
     table.add_row("SHA-256", hash_file(path))
+    for row in runs:
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

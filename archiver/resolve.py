@@ -20,7 +20,7 @@ from archiver.adapters import merge_adapter
 from archiver.pretrained import find_directory, find_weights, is_lone_adapter
 from archiver.source import Source
 from vmap_ensemble.archive.checkpoints import SUFFIXES, checkpoint_stem, looks_like_checkpoint
-from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.errors import ArchiveError, NetworkError
 
 TORCHVISION = "torchvision:"
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -42,10 +42,6 @@ FOREIGN_SUFFIXES = (
     ".pt2",
     ".pickle",
 )
-
-
-class NetworkError(ArchiveError):
-    """Weights must be fetched and the network is not there."""
 
 
 @dataclass(frozen=True)

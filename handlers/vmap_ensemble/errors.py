@@ -27,6 +27,10 @@ class ArchiveError(EnsembleError):
     """An archive can't be built as asked."""
 
 
+class NetworkError(ArchiveError):
+    """Weights can't be fetched."""
+
+
 class ItemError(EnsembleError):
     """One item can't be answered; its neighbours in the batch can. The text reaches whoever sent the item."""
 

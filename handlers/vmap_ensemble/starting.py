@@ -16,6 +16,7 @@ from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.core.proof import Proof, find_row_dependence, prove_equal
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.execution.build import build_execution
+from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
 from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.execution.register import ExecutionOptions
@@ -67,6 +68,7 @@ def choose_execution(task: Task, forward: Forward, batch_sizes: Sequence[int]) -
         budget_s=settings.execution_budget_s,
         tolerance=settings.tolerance,
         cache_dir=CACHE / "execution",
+        packed_choices=folder / CHOICES_FOLDER if folder else None,
         archive_sha=hashlib.sha256(chosen_for).hexdigest(),
         sample=task.collate(task.sample_examples(SAMPLE_BATCH)),
         packed=(lambda: CompiledForward(folder, forward.members, task.input_shape)) if folder and compiled else None,

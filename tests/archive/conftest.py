@@ -70,8 +70,10 @@ class Project:
         torch.save(state, path)
         return path
 
-    def run(self, *arguments: str) -> int:
-        return main([*arguments, "--config", str(self.folder / "setup_config.json"), "--output", str(self.store)])
+    def run(self, *arguments: str, check: bool = False) -> int:
+        """Most tests are about what is packed: loading it takes a process of its own, and seconds."""
+        config, store = str(self.folder / "setup_config.json"), str(self.store)
+        return main([*arguments, *["--no-check"] * (not check), "--config", config, "--output", store])
 
     def leftovers(self) -> list[str]:
         return sorted(path.name for path in self.store.iterdir()) if self.store.is_dir() else []

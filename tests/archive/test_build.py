@@ -33,6 +33,7 @@ def test_the_archive_holds_what_the_handler_needs(project: Project, capsys) -> N
     assert {f"vmap_ensemble/{path.relative_to(package)}" for path in package.rglob("*.py")} <= names
     assert {name for name in names if not name.startswith("vmap_ensemble/")} == {
         *("tiny_handler.py", "model.py", "setup_config.json", "members.json", "MAR-INF/MANIFEST.json"),
+        "model-config.yaml",
         *("members/m0.safetensors", "members/m1.safetensors", "members/shared.safetensors"),
     }
     output = capsys.readouterr().out

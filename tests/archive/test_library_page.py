@@ -44,7 +44,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "setup_config.json").write_text(json.dumps(blocks))
     shutil.copytree(ROOT / "data" / "digits", tmp_path / "data" / "digits")
     monkeypatch.chdir(tmp_path)
-    assert main(["--all", "--config", "setup_config.json", "--output", "model_store"]) == 0
+    assert main(["--all", "--no-check", "--config", "setup_config.json", "--output", "model_store"]) == 0
     return tmp_path
 
 

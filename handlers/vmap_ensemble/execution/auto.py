@@ -95,7 +95,8 @@ class Auto:
         libraries = [mode.library(self.forward) for mode in self.modes]
         kernels = [library for library in libraries if library is not None]
         names = [mode.name for mode in self.modes]
-        return ChoiceCache(options.cache_dir, options.archive_sha, self.examples, device, names, kernels)
+        rest = (names, kernels, options.packed_choices)
+        return ChoiceCache(options.cache_dir, options.archive_sha, self.examples, device, *rest)
 
     def _reuse(self, choice: Choice) -> Execution | None:
         """The choice of an earlier start, proved anew; None, and listed as refused, if it can't be had any more."""

@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 # A choice measured while the machine was busy is measured once more; a machine that always is must not pay
 # for it at every start.
 MOST_MEASUREMENTS = 2
+# Folder of an archive with what was chosen when it was built; it holds on machines of the same kind alone.
+CHOICES_FOLDER = "choices"
 # Of measuring: choices of an older method are measured anew.
-METHOD = 3
+METHOD = 4
 
 
 @dataclass
@@ -60,6 +62,7 @@ class ChoiceCache:
         device: Where the members are.
         modes: Names of the candidates.
         kernels: Libraries of our own that they run on: others may be faster.
+        packed: Folder of choices that the archive brings, which is only read.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ChoiceCache:
         device: torch.device,
         modes: Sequence[str],
         kernels: Sequence[str],
+        packed: Path | None = None,
     ) -> None:
         self.key = {
             "method": METHOD,
@@ -83,15 +87,23 @@ class ChoiceCache:
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"execution-{digest}.json"
+        self.packed = packed / self.path.name if packed else None
         self._measurements = 0
 
     def read(self) -> Choice | None:
-        """The stored choice; None if there is none for exactly this key, or it has to be measured once more."""
+        """The stored choice, or the archive's; None if there is none for exactly this key, or it must be measured."""
+        for path in (self.path, self.packed):
+            choice = self._read(path) if path else None
+            if choice:
+                return choice
+        return None
+
+    def _read(self, path: Path) -> Choice | None:
         try:
-            stored = json.loads(self.path.read_text())
+            stored = json.loads(path.read_text())
             if stored["key"] != self.key:
                 return None
-            self._measurements = int(stored["measurements"])
+            self._measurements = max(self._measurements, int(stored["measurements"]))
             if not stored["settled"] and self._measurements < MOST_MEASUREMENTS:
                 logger.info("the machine was busy when the stored choice was measured: measuring once more")
                 return None
@@ -101,7 +113,7 @@ class ChoiceCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            logger.warning("the stored choice %s can't be read, measuring again: %s", self.path.name, error)
+            logger.warning("the stored choice %s can't be read, measuring again: %s", path.name, error)
             return None
 
     def write(self, choice: Choice, settled: bool) -> None:
@@ -122,4 +134,10 @@ class ChoiceCache:
 
 
 def _cpu_capability() -> str:
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    """The kind of processor: its instructions, and its name where Linux tells one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join(["cpu", torch.backends.cpu.get_cpu_capability(), *names[:1]])

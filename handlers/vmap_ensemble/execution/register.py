@@ -29,6 +29,7 @@ class ExecutionOptions:
         budget_s: Time that measuring may take; building a candidate that was begun is finished.
         tolerance: Largest relative difference to the members' own forwards; by default that of the dtype.
         cache_dir: Folder for the choice; None keeps none.
+        packed_choices: Folder of choices that the archive brings.
         archive_sha: What the choice is for: a hash of the members.
         buckets: Batch sizes that CUDA graphs are recorded for; by default those of cuda/graphs.py.
         sample: Batch that what serves is proved on; by default the first example.
@@ -39,6 +40,7 @@ class ExecutionOptions:
     budget_s: float = AUTO_BUDGET_S
     tolerance: float | None = None
     cache_dir: Path | None = None
+    packed_choices: Path | None = None
     archive_sha: str = ""
     buckets: tuple[int, ...] | None = None
     sample: Args | None = None
