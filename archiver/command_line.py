@@ -30,7 +30,7 @@ examples:
   ./archive.sh resnet_ens --samples photos/              (with "quantization": "int8", or another dtype)
   ./archive.sh --all --force
   ./archive.sh resnet_ens --compile --force
-  ./archive.sh --check model_store/resnet_ens.mar kitten.jpg
+  ./archive.sh --check model_store/resnet_ens.mar data/images/sample.jpg
 
 exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 weights can't be fetched
 """

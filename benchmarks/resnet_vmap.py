@@ -1,6 +1,6 @@
 """Members of a torchvision architecture -> their time one after another, and as one vmapped ensemble.
 
-python -m benchmarks.resnet_vmap --image_path kitten.jpg --num_models 3 --model_path resnet18.pth
+python -m benchmarks.resnet_vmap --image_path data/images/sample.jpg --num_models 3 --model_path resnet18.pth
 """
 
 import sys

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.models import resnet18
 
 from scripts.private_torchserve import ROOT, free_ports
@@ -76,8 +74,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     for seed, name in enumerate("abc"):
         torch.manual_seed(seed)
         torch.save(resnet18().state_dict(), folder / f"{name}.pth")
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "kitten.jpg")
     temporary = tmp_path_factory.mktemp("tmp")
     path = f"{folder}/.venv/bin:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "TMPDIR": str(temporary), "TEMP": str(temporary)}
