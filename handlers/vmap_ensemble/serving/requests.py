@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.serving.kserve import Envelope, checked_items, split_items
+from vmap_ensemble.serving.kserve import INPUT_KEYS, Envelope, checked_items, split_items
 from vmap_ensemble.tasks.answers import Options, dump_json
 
 OPTION_NAMES = ("detail", "subset", "top_k", "target")
@@ -24,6 +24,7 @@ OPTION_HEADERS = {
     "x-ensemble-top-k": "top_k",
     "x-ensemble-target": "target",
 }
+HEADER_PREFIX = "x-ensemble-"
 PAYLOAD_KEYS = ("data", "body", "b64", "base64", "image")
 # What a body may hold beside the options, by its form.
 ENVELOPE_KEYS: dict[str, tuple[str, ...]] = {
@@ -38,6 +39,8 @@ MOST_MESSAGE = 900
 # From this likeness on a key is taken for a misspelt one.
 MISSPELT = 0.75
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What an option is told that stands where it can't be one item's.
+OWN_PLACE = "; options stand in the body, or in its 'parameters'"
 
 
 class SeveralParts(list[Any]):
@@ -76,9 +79,9 @@ def read_request(
             unknown; 413 for too many items.
     """
     plain = {str(k).lower(): v for k, v in headers.items() if isinstance(v, str)}
+    _check_headers(plain)
     payload, fields = _split_fields(row, headers, plain, item_keys)
-    if isinstance(payload, (bytes, bytearray, memoryview)):
-        payload = _decode_json_bytes(bytes(payload), _claims_json(row, headers, plain))
+    payload = _read_payload(payload, _content_types(row, headers, plain))
     raw = {**{OPTION_HEADERS[k]: v for k, v in plain.items() if k in OPTION_HEADERS}, **fields}
     envelope: Envelope = "single"
     items: tuple[Any, ...] = (payload,)
@@ -89,6 +92,7 @@ def read_request(
         items, envelope = split_items({k: v for k, v in payload.items() if k not in OPTION_NAMES})
         if envelope != "single":
             _check_keys(payload, (*ENVELOPE_KEYS[envelope], *OPTION_NAMES), "")
+            _check_inputs(payload["inputs"] if envelope == "kserve_v2" else ())
         else:
             items = (_without(payload, OPTION_NAMES if item_keys is None else (*OPTION_NAMES, "parameters")),)
     elif isinstance(payload, list) and (lists_are_batches or _is_batch(payload)):
@@ -111,10 +115,34 @@ def _body_options(payload: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(parameters, dict):
         for key in parameters:
-            if key not in OPTION_NAMES and difflib.get_close_matches(str(key), OPTION_NAMES, n=1, cutoff=MISSPELT):
+            if key not in OPTION_NAMES and _is_like_an_option(key):
                 _check_keys({key: None}, OPTION_NAMES, "parameters: ")
         found = {k: parameters[k] for k in OPTION_NAMES if k in parameters}
     return {**found, **{k: payload[k] for k in OPTION_NAMES if k in payload}}
+
+
+def _is_like_an_option(key: Any) -> bool:
+    return bool(difflib.get_close_matches(str(key)[:SHOWN], OPTION_NAMES, n=1, cutoff=MISSPELT))
+
+
+def _check_inputs(inputs: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options within an input of KServe v2, which speaks of rows and would be answered by all members."""
+    for number, tensor in enumerate(inputs):
+        where = f"inputs[{number}]"
+        _check_keys(tensor, INPUT_KEYS, f"{where}: ", OWN_PLACE)
+        parameters = tensor.get("parameters")
+        for key in parameters if isinstance(parameters, dict) else ():
+            if _is_like_an_option(key):
+                raise RequestError(400, f"{where}.parameters: unexpected '{str(key)[:SHOWN]}'{OWN_PLACE}")
+
+
+def _check_headers(plain: Mapping[str, str]) -> None:
+    """Refuse headers that would be options if they were spelt rightly.
+
+    Raises:
+        RequestError: 400.
+    """
+    _check_keys({key: None for key in plain if key.startswith(HEADER_PREFIX)}, tuple(OPTION_HEADERS), "header: ")
 
 
 def _read_item(item: Any, raw: Mapping[str, Any], item_keys: Sequence[str] | None, where: str) -> tuple[Any, Options]:
@@ -134,8 +162,14 @@ def _without(mapping: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
-def _check_keys(given: Mapping[str, Any], known: Sequence[str] | None, where: str) -> None:
+def _check_keys(given: Mapping[str, Any], known: Sequence[str] | None, where: str, more: str = "") -> None:
     """Refuse unknown keys, naming the nearest known one; where any key may be, only what looks like an option.
+
+    Args:
+        given: What is checked.
+        known: The keys that may be; None: any.
+        where: What an error begins with.
+        more: What an error ends with.
 
     Raises:
         RequestError: 400.
@@ -145,7 +179,7 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str] | None, where: st
         if (known is None and (key in OPTION_NAMES or not near)) or (known is not None and key in known):
             continue
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known or OPTION_NAMES)}"
-        raise RequestError(400, f"{where}unknown key '{str(key)[:SHOWN]}'; {hint}")
+        raise RequestError(400, f"{where}unknown key '{str(key)[:SHOWN]}'; {hint}{more}")
 
 
 def _is_batch(payload: list[Any]) -> bool:
@@ -203,12 +237,25 @@ def _text(value: Any) -> Any:
     return value
 
 
-def _claims_json(row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str]) -> bool:
-    types = [plain.get("content-type", "")]
-    # Of the fields that may be the payload: an option sent as JSON says nothing of the image beside it.
+def _content_types(row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str]) -> list[str]:
+    """What the request and the fields that may be its payload say of themselves, in lower case."""
+    # An option sent as JSON says nothing of the image beside it.
     kinds = [headers[k] for k in row if k not in OPTION_NAMES and isinstance(headers.get(k), Mapping)]
-    types += [str(kind.get("content-type", "")) for kind in kinds]
-    return any("json" in kind.lower() for kind in types)
+    return [
+        str(kind).lower() for kind in (plain.get("content-type", ""), *(k.get("content-type", "") for k in kinds))
+    ]
+
+
+def _read_payload(payload: Any, types: Sequence[str]) -> Any:
+    """What a body or a part holds: JSON where it says so or looks like it."""
+    claims_json = any("json" in kind for kind in types)
+    # TorchServe hands text/... over as text, text/json among it; any other text was a string of JSON.
+    if isinstance(payload, str) and any(kind.startswith("text") for kind in types):
+        text = payload.removeprefix("\ufeff")
+        return _decode_json_bytes(text.encode("utf-8", "surrogatepass"), True) if claims_json else text
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return _decode_json_bytes(bytes(payload), claims_json)
+    return payload
 
 
 def _decode_json_bytes(payload: bytes, claims_json: bool) -> Any:

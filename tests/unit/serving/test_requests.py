@@ -112,3 +112,51 @@ def test_json_may_begin_with_a_byte_order_mark(headers):
     assert read(body, headers).items == ({"text": "x"},)
     assert read(b'\xef\xbb\xbf["a", "b"]').items == ("a", "b")
     assert read(b"\xef\xbb\xbfno json").items == (b"\xef\xbb\xbfno json",)
+
+
+@pytest.mark.parametrize("kind", ["text/json", "text/json; charset=utf-8", "text/x-json"])
+def test_json_that_came_as_text_is_json(kind):
+    """TorchServe decodes bodies of type text/...: their JSON was answered as a text with its brackets."""
+    for headers in ({"Content-Type": kind}, {"body": {"content-type": kind}}):
+        assert read('{"text": "x", "subset": "m1"}', headers).items == ({"text": "x"},)
+        with pytest.raises(RequestError, match="not valid JSON"):
+            read('{"text": ', headers)
+
+
+def test_a_text_is_what_it_says_but_for_its_byte_order_mark():
+    plain = {"Content-Type": "text/plain"}
+    assert read("\ufeffa text", plain).items == ("a text",)
+    assert read('{"text": "x"}', plain).items == ('{"text": "x"}',)
+    # TorchServe has parsed this one: positions in an answer are those in the client's string.
+    assert read("\ufeff{a}", {"Content-Type": "application/json"}).items == ("\ufeff{a}",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subset": ["m0"]}, r"inputs\[0\]: unknown key 'subset'; known keys: name, shape.*body"),
+        ({"dtype": "FP32"}, r"inputs\[0\]: unknown key 'dtype'; did you mean 'datatype'"),
+        ({"parameters": {"subset": "m0"}}, r"inputs\[0\].parameters: unexpected 'subset'; options stand in the body"),
+        ({"parameters": {"sub_set": "m0", "content_type": "str"}}, r"inputs\[0\].parameters: unexpected 'sub_set'"),
+    ],
+)
+def test_options_within_an_input_of_kserve_are_refused(change, message):
+    """Ignored, they had all members answer what one tenant's were asked."""
+    with pytest.raises(RequestError, match=message) as caught:
+        read({"inputs": [{"name": "text", "data": ["a"], **change}]})
+    assert caught.value.status == 400
+    others = {"parameters": {"content_type": "str", "pandas": 1}}
+    assert read({"inputs": [{"name": "text", "data": ["a"], **others}]}).items == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("X-Ensemble-Subsets", "header: unknown key 'x-ensemble-subsets'; did you mean 'x-ensemble-subset'"),
+        ("x-ensemble-tenant", "header: unknown key 'x-ensemble-tenant'"),
+    ],
+)
+def test_unknown_headers_of_ours_are_refused(header, message):
+    with pytest.raises(RequestError, match=message):
+        read({"text": "a"}, {header: "m0"})
+    assert subsets(read({"text": "a"}, {"X-Request-Id": "m0", "X-ENSEMBLE-SUBSET": "m0"})) == [("m0",)]
