@@ -142,6 +142,7 @@ def wrong_header(rng: random.Random, item: Item) -> Made:
         ("x-ensemble-subset", ("nobody", "m0,nobody", ",", "m0 m1", "x" * 4000)),
         ("X-ENSEMBLE-DETAIL", ("all", "1", "members,")),
         ("X-Ensemble-Target", (",", ",,,")),
+        ("X-Ensemble-Subsets", ("m0", "")),
     )
     name, values = rng.choice(headers)
     return (400, 422), as_json(item(rng), **{name: rng.choice(values)})
@@ -191,6 +192,7 @@ def wrong_v2(rng: random.Random) -> Made:
         {"datatype": rng.choice(["FP128", 5, None, [], "x" * 3000, "fp32", "BYTES", "BOOL", "UINT8", "ß"])},
         {"data": rng.choice([None, 1, "ab", {}, [1], [1, [2]], [[1], [2, 3]], ["a", "b"], [None, 1], [], [[[]]]])},
         {"name": rng.choice([1, None, [], {}, "n" * 5000])},
+        rng.choice([{"subset": ["m0"]}, {"parameters": {"subset": "m0"}}, {"parameters": {"top-k": 1}}]),
         {"parameters": {"content_type": rng.choice(["base64", "pickle", "x" * 2000, 7, "str"])}},
     )
     wrong = {**tensor, **rng.choice(changes)}
@@ -466,6 +468,8 @@ def without_a_key(rng: random.Random, item: Item) -> Made:
     good = item(rng)
     good.pop(rng.choice(list(good)))
     good.update(rng.choice([{}, {"txt": "a"}, {"contexts": "a"}, {"text_pair": "a"}]))
+    if rng.random() < 0.2:
+        good = {**item(rng), "data": "a text too many"}
     return (400,), as_json(rng.choice([good, {"instances": [good]}, [good]]))
 
 

@@ -25,6 +25,8 @@ ITEM_KEYS = ("data", "b64", "image", "base64")
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _SAMPLE_FORMAT, _SIGNED = 339, 2
+# A data: URL says what it holds, in either case, before this.
+_PREFIX_ENDS, _LONGEST_PREFIX = ";base64,", 512
 Background = Literal["white", "black"]
 # Colours that lie no further apart show no drawing: what there is to see stands in alpha.
 _ONE_COLOUR = 32
@@ -245,8 +247,9 @@ def decode_base64(text: str, what: str) -> bytes:
         text: In the standard or the url-safe alphabet; with or without padding, line breaks or a `data:` prefix.
         what: What errors call it.
     """
-    prefix, _, tail = text.rpartition(";base64,")
-    if prefix and "%" in tail:  # data: is an URL
+    start = text[:_LONGEST_PREFIX].lower().rfind(_PREFIX_ENDS)
+    tail = text if start < 0 else text[start + len(_PREFIX_ENDS) :]
+    if start >= 0 and "%" in tail:  # data: is an URL
         tail = unquote(tail)
     # Lines, not words: what has spaces between is a text.
     joined = "".join(line.strip() for line in tail.splitlines())

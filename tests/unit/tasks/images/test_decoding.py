@@ -319,6 +319,7 @@ IMAGE = bytes(range(256)) * 3 + b"ab"
         base64.b64encode(IMAGE).decode().rstrip("="),
         base64.urlsafe_b64encode(IMAGE).decode().rstrip("="),
         "data:image/png;base64," + base64.b64encode(IMAGE).decode(),
+        "DATA:IMAGE/PNG;charset=utf-8;BASE64, " + base64.b64encode(IMAGE).decode(),
         "data:image/png;base64," + quote(base64.b64encode(IMAGE).decode(), safe=""),
     ],
 )
