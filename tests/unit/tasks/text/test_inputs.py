@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.unit.tasks.text import test_encoder_task as bert  # noqa: E402
-from vmap_ensemble.errors import ItemError, UnreadableItem  # noqa: E402
-from vmap_ensemble.tasks.text.inputs import TextInput, read_question_item, read_text_item  # noqa: E402
+from tests.unit.tasks.text import test_encoder_task as bert
+from vmap_ensemble.errors import ItemError, UnreadableItem
+from vmap_ensemble.tasks.text.inputs import TextInput, read_question_item, read_text_item
 
 serve = bert.serve
 
