@@ -176,6 +176,7 @@ def wrong_v1(rng: random.Random, item: Item) -> Made:
         {"instances": [[good]]},
         {"instances": [good], "id": "i" * 300},
         {"instances": [good], "inputs": []},
+        {"instances": [good], "parameters": rng.choice(["subset=m0", [{"subset": "m0"}], 1])},
     )
     return (400, 415, 422), as_json(rng.choice(bodies))
 

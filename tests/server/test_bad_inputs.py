@@ -1,6 +1,6 @@
 """Bad requests among good ones, for each handler on a real TorchServe: none that is good is lost or answered wrongly.
 
-BAD_INPUTS says how many for each handler (2000 for a thorough run).
+BAD_INPUTS says how many for each handler; from 1000 on, a thorough run, every text mode is tried.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from tests.unit.tasks.text.test_encoder_task import BIO, CONFIGS, random_members
 from vmap_ensemble.models.mnist import MnistNet
 
 COUNT = int(os.environ.get("BAD_INPUTS", "150"))
+pytestmark = pytest.mark.timeout(300 + COUNT)
+thorough = pytest.mark.skipif(COUNT < 1000, reason="only with BAD_INPUTS=1000 or more")
 CLIENTS = 16
 MOST_BYTES = 4096
 # Small images, so that a batch costs little; the classes are the members'.
@@ -161,14 +163,22 @@ def check_refusal(one: bad.Sent, reply: httpx.Response) -> str | None:
     return f"{one.kind}: {reply.status_code}, expected {one.statuses}: {reply.text[:200]}"
 
 
-def check_storm(server: TorchServe, path: str, good: list[bad.Sent], wrong: list[bad.Sent]) -> None:
-    """Ask all at once; good requests are answered as they are alone, bad ones refused with a reason."""
+def check_storm(server: TorchServe, path: str, good: list[bad.Sent], wrong: list[bad.Sent], share: int = 1) -> None:
+    """Ask all at once; good requests are answered as they are alone, bad ones refused with a reason.
+
+    Args:
+        server: Serves the model that the path ends with.
+        path: Where all are sent.
+        good: Sent again and again.
+        wrong: Each sent once.
+        share: So many bad ones to a good one.
+    """
     name = path.rsplit("/", 1)[1]
     workers = [worker["pid"] for worker in server.describe(name)["workers"]]
     with server.client() as client:
         alone = ask_all(client, path, good, 1)
         assert {reply.status_code for reply in alone} == {200}, [reply.text[:200] for reply in alone]
-        repeated = list(itertools.islice(itertools.cycle(range(len(good))), len(wrong)))
+        repeated = list(itertools.islice(itertools.cycle(range(len(good))), len(wrong) // share))
         jobs = [(one, None) for one in wrong] + [(good[index], index) for index in repeated]
         random.Random(1).shuffle(jobs)
         replies = ask_all(client, path, [one for one, _ in jobs], CLIENTS)
@@ -201,7 +211,10 @@ ITEMS = {
 }
 
 
-@pytest.mark.parametrize("name", ITEMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=thorough) if name in ("tokens", "questions", "masks") else name for name in ITEMS],
+)
 def test_texts(serve: Callable[[str], TorchServe], name: str, request: pytest.FixtureRequest) -> None:
     if name == "ft_bert":
         request.getfixturevalue("ft_library")
@@ -214,4 +227,4 @@ def test_explanations(serve: Callable[[str], TorchServe]) -> None:
     rng = random.Random(0)
     wrong = bad.make_bad(rng, bad.explanation_makers(bad.text_item), COUNT)
     good = [bad.Sent("good", (200,), bad.as_json(bad.text_item(rng))) for _ in range(6)]
-    check_storm(serve("bert"), "/explanations/bert", good, wrong)
+    check_storm(serve("bert"), "/explanations/bert", good, wrong, share=5)

@@ -149,6 +149,30 @@ def test_options_within_an_input_of_kserve_are_refused(change, message):
     assert read({"inputs": [{"name": "text", "data": ["a"], **others}]}).items == ("a",)
 
 
+@pytest.mark.parametrize("asked", [{"subset": ["m0"]}, {"parameters": {"Subset": "m0"}}])
+def test_options_within_an_output_of_kserve_are_refused(asked):
+    inputs = [{"name": "text", "data": ["a"]}]
+    with pytest.raises(RequestError, match=r"outputs\[0\](.parameters)?: unexpected '[Ss]ubset'"):
+        read({"inputs": inputs, "outputs": [{"name": "answers", **asked}]})
+    assert read({"inputs": inputs, "outputs": [{"name": "answers", "parameters": {"binary": False}}]}).items == ("a",)
+
+
+@pytest.mark.parametrize("parameters", ["subset=m0", [{"subset": "m0"}], 1, False])
+def test_parameters_that_are_no_object_are_refused(parameters):
+    for body in ({"text": "a"}, {"instances": ["a"]}, {"inputs": [{"name": "text", "data": ["a"]}]}):
+        with pytest.raises(RequestError, match="parameters: expected an object"):
+            read({**body, "parameters": parameters})
+        assert read({**body, "parameters": None}).options[0].subset is None
+
+
+def test_parameters_are_few():
+    """Each is compared with the options' names."""
+    many = {f"k{number}": 0 for number in range(257)}
+    for body in ({"parameters": many}, {"inputs": [{"name": "x", "data": ["a"], "parameters": many}]}):
+        with pytest.raises(RequestError, match="parameters: expected at most 256 keys, got 257"):
+            read({"instances": ["a"], **body} if "inputs" not in body else body)
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
