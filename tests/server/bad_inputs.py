@@ -212,6 +212,13 @@ def wrong_v2(rng: random.Random) -> Made:
     return (400, 413, 415, 422), as_json(rng.choice(bodies))
 
 
+def cut_multipart(rng: random.Random) -> dict[str, Any]:
+    """Its only part, an option, without an end; nothing where parts should be; another boundary than it says."""
+    part = b'--xx\r\nContent-Disposition: form-data; name="subset"\r\n\r\nm0'
+    kind = f"multipart/form-data; boundary={rng.choice(['xx', 'yy'])}"
+    return {"content": rng.choice([part, part[:20], b"--xx--\r\n", b"nothing"]), "headers": {"Content-Type": kind}}
+
+
 def wrong_multipart(rng: random.Random, file: Callable[[random.Random], bytes]) -> Made:
     body = file(rng)
     names = rng.choice([("data", "data"), ("data", "body"), ("image", "image"), ("a", "b"), ("text", "text")])
@@ -225,6 +232,7 @@ def wrong_multipart(rng: random.Random, file: Callable[[random.Random], bytes]) 
         {"files": {"subset": (None, "m0")}},
         {"files": {"data": ("f.json", b"{", "application/json")}},
         {"files": {"data": ("f.json", b"\xff", "application/json")}},
+        cut_multipart(rng),
     )
     return (400, 413, 415, 422), rng.choice(makers)
 
