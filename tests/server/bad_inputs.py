@@ -6,17 +6,12 @@ that are passed by a little. What a client may get wrong, not what would break a
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 # Limits that the archives under test set, small enough to be passed cheaply.
 MAX_PIXELS = 10_000
@@ -39,10 +34,6 @@ class Sent:
     statuses: tuple[int, ...]
     request: dict[str, Any] = field(repr=False)
 
-    @property
-    def is_good(self) -> bool:
-        return self.statuses == (200,)
-
 
 # Statuses that are right, and the request.
 Made = tuple[tuple[int, ...], dict[str, Any]]
@@ -57,9 +48,6 @@ def as_json(body: Any, **headers: str) -> dict[str, Any]:
 
 def raw_json(text: str | bytes) -> dict[str, Any]:
     return {"content": text if isinstance(text, bytes) else text.encode(), "headers": JSON}
-
-
-# --- what is wrong with any body ---------------------------------------------------------------------------------
 
 
 def broken_json(rng: random.Random, item: Item) -> Made:
@@ -259,283 +247,6 @@ def common(item: Item, file: Callable[[random.Random], bytes]) -> list[Maker]:
         wrong_v2,
         partial(wrong_multipart, file=file),
     ]
-
-
-# --- images ------------------------------------------------------------------------------------------------------
-
-
-def picture(rng: random.Random, size: tuple[int, int] = (28, 28), mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def png(rng: random.Random) -> bytes:
-    return encoded(picture(rng))
-
-
-def base64_item(rng: random.Random) -> dict[str, Any]:
-    return {rng.choice(["b64", "data", "image", "base64"]): base64.b64encode(png(rng)).decode()}
-
-
-def cut_image(rng: random.Random) -> Made:
-    file = encoded(picture(rng), rng.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
-    part = file[: rng.randrange(1, len(file) * 6 // 10)]
-    body = base64.b64encode(part).decode()
-    return (400, 415), rng.choice([{"content": part}, {"files": {"data": part}}, as_json({"b64": body})])
-
-
-def garbled_image(rng: random.Random) -> Made:
-    """The first bytes of a format, and noise behind them."""
-    begin = rng.choice([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\x00", b"MM\x00*", b"RIFF", b"BM"])
-    return (400, 413, 415), {"content": begin + rng.randbytes(rng.randrange(0, 200))}
-
-
-def another_file(rng: random.Random) -> Made:
-    files = (
-        b"%PDF-1.7\n",
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n",
-        b"PK\x03\x04",
-        b"\x00\x00\x01\x00\x01\x00",
-        b"8BPS\x00\x01",
-        b"a plain text",
-        "ein Text: größe".encode(),
-        b"\x80\x04.",
-    )
-    kind = rng.choice(["image/png", "image/jpeg", "application/octet-stream", "text/plain"])
-    return (415,), {"content": rng.choice(files) + b" " * 20, "headers": {"Content-Type": kind}}
-
-
-def large_image(rng: random.Random) -> Made:
-    size = rng.choice([(101, 101), (10_001, 1), (1, 10_001), (2, 3000), (3000, 2)])
-    file = encoded(picture(rng, size, "L"), rng.choice(["PNG", "BMP", "TIFF"]))
-    return (413,), {"content": file}
-
-
-def many_pixels(rng: random.Random) -> Made:
-    body = base64.b64encode(encoded(picture(rng, (90, 90), "L"))).decode()
-    return (413,), as_json({"instances": [{"b64": body}] * 3})
-
-
-def unknown_white(rng: random.Random) -> Made:
-    values = np.random.default_rng(rng.randrange(99)).normal(0, 300, (28, 28))
-    kind = rng.choice([np.float32, np.int32])
-    return (415,), {"content": encoded(Image.fromarray(values.astype(kind)), "TIFF")}
-
-
-def wrong_base64(rng: random.Random) -> Made:
-    text = base64.b64encode(png(rng)).decode()
-    wrong = (text[:41], "@" + text, text[:40] + "ä" + text[40:], "=" * 8, "a text", "data:image/png;base64,", "AAAA")
-    value = rng.choice(wrong)
-    return (400, 415, 422), as_json(rng.choice([{"b64": value}, {"instances": [{"data": value}]}, {"image": value}]))
-
-
-def wrong_tensor(rng: random.Random, shape: Sequence[int]) -> Made:
-    good = np.random.default_rng(rng.randrange(99)).normal(size=tuple(shape)).round(2)
-    odd = good.astype(object)
-    odd.flat[rng.randrange(odd.size)] = rng.choice(
-        [float("nan"), float("inf"), float("-inf"), 1e39, 10**400, "1", None, {}, [1.0], 1e308]
-    )
-    wrong = (
-        odd.tolist(),
-        good[..., :-1].tolist(),
-        good[0].tolist(),
-        good[None, None].tolist(),
-        good.ravel().tolist(),
-        [*good.tolist(), 1.0],
-        [True, False],
-        [[[]]],
-        [[1, 2], [3]],
-    )
-    value = rng.choice(wrong)
-    bodies = (
-        {"data": value},
-        {"instances": [{"data": value}]},
-        {"instances": [{"data": good.tolist()}, {"data": value}]},
-    )
-    return (400, 415, 422), as_json(rng.choice(bodies))
-
-
-def two_payloads(rng: random.Random) -> Made:
-    item = base64_item(rng)
-    return (400,), as_json(
-        rng.choice([{**item, "b64": "a", "image": "b"}, {"data": {"data": item}}, {"image": {"b64": 1}}])
-    )
-
-
-def image_makers(shape: Sequence[int]) -> list[Maker]:
-    """What a handler of images refuses; `shape` is that of its tensors."""
-    return [
-        *common(base64_item, png),
-        cut_image,
-        garbled_image,
-        another_file,
-        large_image,
-        many_pixels,
-        unknown_white,
-        wrong_base64,
-        partial(wrong_tensor, shape=shape),
-        two_payloads,
-    ]
-
-
-def good_images(rng: random.Random, shape: Sequence[int], count: int) -> list[Sent]:
-    """Every way to send one."""
-    sent = []
-    for index in range(count):
-        tensor = np.random.default_rng(index).normal(size=tuple(shape)).round(2).tolist()
-        ways: tuple[dict[str, Any], ...] = (
-            {"content": png(rng)},
-            {"content": encoded(picture(rng, (40, 30)), "JPEG")},
-            {"files": {"data": png(rng)}, "data": {"top_k": "2", "detail": "members"}},
-            as_json(base64_item(rng)),
-            as_json({"data": tensor, "subset": ["m1"]}),
-            as_json({"instances": [base64_item(rng), {"data": tensor}]}),
-            {"content": png(rng), "headers": {"X-Ensemble-Subset": "m0"}},
-            as_json({"inputs": [{"name": "x", "shape": [1, *shape], "datatype": "FP32", "data": [tensor]}]}),
-        )
-        sent.append(Sent("good", (200,), ways[index % len(ways)]))
-    return sent
-
-
-# --- texts -------------------------------------------------------------------------------------------------------
-
-
-def words(rng: random.Random, most: int = 20) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randrange(1, most)))
-
-
-def text_item(rng: random.Random) -> dict[str, Any]:
-    return {"text": words(rng)}
-
-
-def question_item(rng: random.Random) -> dict[str, Any]:
-    return {"question": words(rng, 6), "context": words(rng)}
-
-
-def mask_item(rng: random.Random) -> dict[str, Any]:
-    return {"text": f"{words(rng)} [MASK] {words(rng)}"}
-
-
-WRONG_TEXTS = (
-    "",
-    " \n\t",
-    "a\x00b",
-    "\ud800",
-    "a \udfff b",
-    None,
-    1,
-    1.5,
-    True,
-    [],
-    {},
-    ["a"],
-    {"text": "a"},
-    float("nan"),
-)
-
-
-def wrong_text(rng: random.Random, item: Item) -> Made:
-    """One of a good item's texts replaced."""
-    good = item(rng)
-    key = rng.choice(list(good))
-    wrong = {**good, key: rng.choice(WRONG_TEXTS)}
-    return (400, 422), as_json(
-        rng.choice([wrong, {"instances": [wrong]}, {"instances": [good, wrong]}, [good, wrong]])
-    )
-
-
-def wrong_bytes(rng: random.Random) -> Made:
-    body = rng.choice(
-        [b"\xff\xfe", "größe".encode("latin-1"), "größe".encode("utf-16"), b"a\x00b", b"  \n", b"\xed\xa0\x80"]
-    )
-    return (400,), {
-        "content": body,
-        "headers": {"Content-Type": rng.choice(["text/plain", "application/octet-stream"])},
-    }
-
-
-def long_text(rng: random.Random, item: Item) -> Made:
-    good = item(rng)
-    key = rng.choice(list(good))
-    long = rng.choice(["x", "a ", "größe ", "🙂"]) * (MAX_CHARACTERS + 1)
-    return (413,), as_json(rng.choice([{**good, key: long}, {"instances": [good, {**good, key: long}]}]))
-
-
-def many_tokens(rng: random.Random, item: Item) -> Made:
-    body = [item(rng) for _ in range(MAX_REQUEST_TOKENS // 3 + 1)]
-    return (413,), as_json(rng.choice([{"instances": body}, body]))
-
-
-def without_a_key(rng: random.Random, item: Item) -> Made:
-    good = item(rng)
-    good.pop(rng.choice(list(good)))
-    good.update(rng.choice([{}, {"txt": "a"}, {"contexts": "a"}, {"text_pair": "a"}]))
-    if rng.random() < 0.2:
-        good = {**item(rng), "data": "a text too many"}
-    return (400,), as_json(rng.choice([good, {"instances": [good]}, [good]]))
-
-
-def _file(rng: random.Random, item: Item) -> bytes:
-    return json.dumps(item(rng)).encode()
-
-
-def text_makers(item: Item) -> list[Maker]:
-    """What a handler of texts refuses; `item` makes a good one."""
-    return [
-        *common(item, partial(_file, item=item)),
-        partial(wrong_text, item=item),
-        partial(wrong_text, item=item),
-        wrong_bytes,
-        partial(long_text, item=item),
-        partial(many_tokens, item=item),
-        partial(without_a_key, item=item),
-    ]
-
-
-def good_texts(rng: random.Random, item: Item, count: int) -> list[Sent]:
-    """Every way to send one."""
-    sent = []
-    for index in range(count):
-        own = item(rng)
-        columns = [
-            {"name": key, "shape": [2], "datatype": "BYTES", "data": [value, value]} for key, value in own.items()
-        ]
-        ways: tuple[dict[str, Any], ...] = (
-            as_json(own),
-            as_json({**own, "subset": "m1", "detail": "members"}),
-            as_json({"instances": [own, {**item(rng), "subset": ["m0"]}]}),
-            as_json([own, item(rng)]),
-            as_json({"id": "7", "inputs": columns}),
-            as_json(own, **{"X-Ensemble-Top-K": "1"}),
-            {"content": json.dumps(own).encode()},
-        )
-        sent.append(Sent("good", (200,), ways[index % len(ways)]))
-    return sent
-
-
-# --- explanations ------------------------------------------------------------------------------------------------
-
-
-def wrong_target(rng: random.Random, item: Item) -> Made:
-    wrong = rng.choice(["nobody", 99, -1, ["LABEL_0", "x"], "LABEL_0,x", "9" * 30, "ß" * 4000])
-    return (422,), as_json({**item(rng), "target": wrong})
-
-
-def many_explanations(rng: random.Random, item: Item) -> Made:
-    many = [item(rng) for _ in range(MAX_EXPLANATIONS + 1)]
-    return (413,), as_json(rng.choice([many, {"instances": many}, {"instances": many[:2], "target": [0, 1]}]))
-
-
-def explanation_makers(item: Item) -> list[Maker]:
-    """What an explanation of a text is refused for."""
-    return [*text_makers(item), partial(wrong_target, item=item), partial(many_explanations, item=item)]
 
 
 def make_bad(rng: random.Random, makers: Sequence[Maker], count: int) -> list[Sent]:

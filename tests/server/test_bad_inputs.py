@@ -23,6 +23,7 @@ pytest.importorskip("transformers")
 
 from archiver.__main__ import main as archive
 from scripts.private_torchserve import TorchServe
+from tests.server import bad_images, bad_texts
 from tests.server import bad_inputs as bad
 from tests.unit.tasks.text.test_encoder_task import BIO, CONFIGS, random_members, save_tokenizer
 from vmap_ensemble.models.mnist import MnistNet
@@ -198,16 +199,16 @@ def check_storm(server: TorchServe, path: str, good: list[bad.Sent], wrong: list
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("resnet", RESNET_SHAPE)])
 def test_images(serve: Callable[[str], TorchServe], name: str, shape: tuple[int, ...]) -> None:
     rng = random.Random(0)
-    wrong = bad.make_bad(rng, bad.image_makers(shape), COUNT)
-    check_storm(serve(name), f"/predictions/{name}", bad.good_images(rng, shape, 24), wrong)
+    wrong = bad.make_bad(rng, bad_images.image_makers(shape), COUNT)
+    check_storm(serve(name), f"/predictions/{name}", bad_images.good_images(rng, shape, 24), wrong)
 
 
 ITEMS = {
-    "bert": bad.text_item,
-    "tokens": bad.text_item,
-    "questions": bad.question_item,
-    "masks": bad.mask_item,
-    "ft_bert": bad.text_item,
+    "bert": bad_texts.text_item,
+    "tokens": bad_texts.text_item,
+    "questions": bad_texts.question_item,
+    "masks": bad_texts.mask_item,
+    "ft_bert": bad_texts.text_item,
 }
 
 
@@ -219,12 +220,12 @@ def test_texts(serve: Callable[[str], TorchServe], name: str, request: pytest.Fi
     if name == "ft_bert":
         request.getfixturevalue("ft_library")
     rng = random.Random(0)
-    wrong = bad.make_bad(rng, bad.text_makers(ITEMS[name]), COUNT)
-    check_storm(serve(name), f"/predictions/{name}", bad.good_texts(rng, ITEMS[name], 21), wrong)
+    wrong = bad.make_bad(rng, bad_texts.text_makers(ITEMS[name]), COUNT)
+    check_storm(serve(name), f"/predictions/{name}", bad_texts.good_texts(rng, ITEMS[name], 21), wrong)
 
 
 def test_explanations(serve: Callable[[str], TorchServe]) -> None:
     rng = random.Random(0)
-    wrong = bad.make_bad(rng, bad.explanation_makers(bad.text_item), COUNT)
-    good = [bad.Sent("good", (200,), bad.as_json(bad.text_item(rng))) for _ in range(6)]
+    wrong = bad.make_bad(rng, bad_texts.explanation_makers(bad_texts.text_item), COUNT)
+    good = [bad.Sent("good", (200,), bad.as_json(bad_texts.text_item(rng))) for _ in range(6)]
     check_storm(serve("bert"), "/explanations/bert", good, wrong, share=5)
