@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from archiver.source import Source
 from archiver.survey import Survey, survey_members
-from vmap_ensemble.archive.checkpoints import checkpoint_stem, read_checkpoint, read_state_dict
+from vmap_ensemble.archive.checkpoints import checkpoint_stem, find_checkpoints, read_checkpoint, read_state_dict
 from vmap_ensemble.errors import MemberError
 
 MODEL = """from torch import nn
@@ -156,6 +156,16 @@ def test_a_network_that_wraps_another_keeps_its_own_keys(tmp_path: Path, name: s
 def test_other_names_of_checkpoints(tmp_path: Path, suffix: str) -> None:
     assert_is(read_state_dict(tmp_path / saved(tmp_path, net().state_dict(), f"best{suffix}")), net())
     assert checkpoint_stem(tmp_path / f"best{suffix}") == "best"
+
+
+def test_files_that_begin_with_a_dot_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("b.pt", "a.ckpt", "._a.ckpt", ".hidden.safetensors", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in find_checkpoints([tmp_path])] == ["a.ckpt", "b.pt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._a.pt").write_bytes(b"")
+    with pytest.raises(MemberError, match="expected a checkpoint or a folder of them"):
+        find_checkpoints([tmp_path / "empty"])
 
 
 def shadow() -> dict[str, Any]:
