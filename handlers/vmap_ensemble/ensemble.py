@@ -357,7 +357,12 @@ class Ensemble:
         Raises:
             NotOffered: The task gives no explanations.
         """
-        examples = [self.task.parse(open_item(item)) for item in items]
+        examples = []
+        for number, item in enumerate(items):
+            try:
+                examples.append(self.task.parse(open_item(item)))
+            except ItemError as error:
+                raise numbered(error, number) from None
         return self.task.explain(self, examples, [Options(**options)] * len(examples))
 
     def _seen(self, outputs: Any) -> Any:

@@ -6,6 +6,8 @@ and field numbers are all that has to agree (frontend/server/src/main/resources/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +74,37 @@ def predict_grpc(
     Raises:
         grpc.RpcError: the server refused or failed.
     """
+    with _open_call("Predictions", address, key, certificate) as call:
+        request = PredictionsRequest(model_name=model, input={"data": body, **(fields or {})})
+        return bytes(call(request, timeout=timeout_s).prediction)
+
+
+def stream_grpc(address: str, model: str, body: bytes, *, timeout_s: float = 60.0) -> list[bytes]:
+    """Asks for one prediction over the RPC that answers with a stream; as `predict_grpc`.
+
+    Returns:
+        The bytes of each answer, once the server has ended the stream.
+    """
+    with _open_call("StreamPredictions", address, streams=True) as call:
+        request = PredictionsRequest(model_name=model, input={"data": body})
+        return [bytes(answer.prediction) for answer in call(request, timeout=timeout_s)]
+
+
+@contextmanager
+def _open_call(
+    name: str, address: str, key: str = "", certificate: Path | None = None, streams: bool = False
+) -> Iterator[Any]:
+    """An RPC of the inference service, which takes one message, and its channel for as long as it is used."""
     # TorchServe reads the key only next to this protocol entry (TokenAuthorization's gRPC interceptor).
     metadata = (("protocol", "gRPC"), ("authorization", f"Bearer {key}")) if key else ()
     with _open_channel(address, certificate) as channel:
-        call = channel.unary_unary(
-            f"/{PACKAGE}.InferenceAPIsService/Predictions",
+        kind = channel.unary_stream if streams else channel.unary_unary
+        call = kind(
+            f"/{PACKAGE}.InferenceAPIsService/{name}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=PredictionResponse.FromString,
         )
-        request = PredictionsRequest(model_name=model, input={"data": body, **(fields or {})})
-        return bytes(call(request, timeout=timeout_s, metadata=metadata).prediction)
+        yield lambda request, timeout: call(request, timeout=timeout, metadata=metadata)
 
 
 def _open_channel(address: str, certificate: Path | None) -> grpc.Channel:

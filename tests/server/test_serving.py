@@ -17,7 +17,7 @@ from PIL import Image
 
 from archiver.__main__ import main as archive
 from scripts.private_torchserve import TorchServe
-from tests.server.grpc_client import predict_grpc
+from tests.server.grpc_client import predict_grpc, stream_grpc
 from vmap_ensemble.models.mnist import MnistNet
 
 NAMES = ("red", "green", "blue")
@@ -161,6 +161,39 @@ def test_grpc_answers_and_carries_the_error_in_the_body(server: TorchServe, memb
     check_answer(answer, loop_probabilities(members, png, ("green",)))
     refused = json.loads(predict_grpc(server.grpc_address, MODEL, b"not an image"))
     assert refused["error"]["code"] == 415
+
+
+def test_a_streaming_rpc_ends_with_its_one_answer_and_the_worker_goes_on(
+    server: TorchServe, members: dict[str, Path]
+) -> None:
+    workers = [worker["pid"] for worker in server.describe(MODEL)["workers"]]
+    for seed in (6, 7):
+        (answer,) = stream_grpc(server.grpc_address, MODEL, digit(seed))
+        check_answer(json.loads(answer), loop_probabilities(members, digit(seed)))
+    (refused,) = stream_grpc(server.grpc_address, MODEL, b"not an image")
+    assert json.loads(refused)["error"]["code"] == 415
+    unary = json.loads(predict_grpc(server.grpc_address, MODEL, digit(6)))
+    check_answer(unary, loop_probabilities(members, digit(6)))
+    check_answer(server.predict(content=digit(7)).json(), loop_probabilities(members, digit(7)))
+    assert [worker["pid"] for worker in server.describe(MODEL)["workers"]] == workers
+
+
+def test_streams_share_batches_with_other_requests(server: TorchServe, members: dict[str, Path]) -> None:
+    def ask(seed: int) -> dict[str, Any]:
+        if seed % 3 == 0:
+            (answer,) = stream_grpc(server.grpc_address, MODEL, digit(seed))
+        elif seed % 3 == 1:
+            answer = predict_grpc(server.grpc_address, MODEL, digit(seed))
+        else:
+            answer = server.predict(content=digit(seed)).content
+        return dict(json.loads(answer))
+
+    workers = [worker["pid"] for worker in server.describe(MODEL)["workers"]]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    for seed, answer in enumerate(answers):
+        check_answer(answer, loop_probabilities(members, digit(seed)))
+    assert [worker["pid"] for worker in server.describe(MODEL)["workers"]] == workers
 
 
 def test_explain_is_a_501_of_its_own(server: TorchServe) -> None:

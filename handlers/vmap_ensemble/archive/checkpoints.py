@@ -50,14 +50,17 @@ class Checkpoint:
 
 
 def find_checkpoints(paths: Sequence[Path]) -> list[Path]:
-    """Files and folders -> checkpoint files, those of a folder by name.
+    """Files and folders -> checkpoint files, those of a folder by name, without what begins with a dot.
 
     Raises:
         MemberError: A path does not exist, or a folder holds no checkpoint.
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        inside = path.iterdir() if path.is_dir() else ()
+        # macOS writes ._member.pt beside member.pt.
+        named = sorted(file for file in inside if file.suffix in SUFFIXES and not file.name.startswith("."))
+        found = named if path.is_dir() else [path]
         if not found or not found[0].is_file():
             raise MemberError(f"{path}: expected a checkpoint or a folder of them ({', '.join(SUFFIXES)})")
         files += found

@@ -22,6 +22,9 @@ _PARALLEL = "module."
 # torch.optim.swa_utils.AveragedModel's counter.
 _AVERAGED = "n_averaged"
 _DEEPEST = 5
+# Words in the name of an entry that make it averaged weights wherever it lies; what else an optimiser keeps has the
+# parameters' shapes, too.
+_AVERAGES = {"ema", "shadow", "swa", "averaged", "average"}
 
 
 def choose_state(loaded: Any, where: str, choice: str | None) -> tuple[Any, str | None]:
@@ -58,18 +61,32 @@ def _several(where: str, names: Sequence[str]) -> MemberError:
     )
 
 
-def _entries(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Dotted path -> every dict or list below the top that holds weights; optimisers' are none."""
+def _entries(value: Any, path: str = "", depth: int = 0, counts: bool = True) -> Iterator[tuple[str, Any]]:
+    """Dotted path -> every dict or list below the top that holds weights; of an optimiser's, averages alone.
+
+    Args:
+        value: What is looked into.
+        path: Where it lies.
+        depth: How deep.
+        counts: Whether what is found are weights; else only what is called an average.
+    """
+    if depth > _DEEPEST:
+        return
     if isinstance(value, Mapping):
-        if "param_groups" in value or depth > _DEEPEST:
-            return
-        if path and any(_is_weight(item) for item in value.values()):
-            yield path, value
-        for key, item in value.items():
-            if isinstance(key, str) and "optim" not in key.lower():
-                yield from _entries(item, f"{path}.{key}" if path else key, depth + 1)
-    elif isinstance(value, list | tuple) and len(value) > 1 and all(_is_weight(item) for item in value):
+        counts = counts and "param_groups" not in value
+        found = bool(path) and any(_is_weight(item) for item in value.values())
+        parts = [(key, item) for key, item in value.items() if isinstance(key, str)]
+    elif isinstance(value, list | tuple):
+        found = len(value) > 1 and all(_is_weight(item) for item in value)
+        parts = [(str(index), item) for index, item in enumerate(value) if isinstance(item, Mapping)]
+    else:
+        return
+    if found and counts:
         yield path, value
+    for key, item in parts:
+        is_average = bool(_AVERAGES & set(re.split(r"[._]", key.lower())))
+        below = is_average or (counts and "optim" not in key.lower())
+        yield from _entries(item, f"{path}.{key}" if path else key, depth + 1, below)
 
 
 def _is_weight(value: Any) -> bool:

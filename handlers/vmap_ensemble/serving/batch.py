@@ -104,7 +104,11 @@ class _Batch:
         return None
 
     def _explain(self, request: Request) -> Any:
-        examples = [self.task.parse(item) for item in request.items]
+        examples = []
+        for number, item in enumerate(request.items):
+            with _numbered(number, request):
+                examples.append(self.task.parse(item))
+        self.task.check_examples(examples)
         bodies = self.task.explain(self.ensemble, examples, request.options)
         return wrap_answers(request, bodies, self.ensemble.settings.name)
 

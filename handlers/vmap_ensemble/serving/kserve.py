@@ -36,6 +36,8 @@ DATATYPES: dict[str, Callable[[Any], bool]] = {
 }
 # What the parameters of an input may say of its data; MLServer's clients send it.
 CONTENT_TYPES = ("str", "base64", "np")
+# What an input may hold; anything else would be ignored without a word, an option among them.
+INPUT_KEYS = ("name", "shape", "datatype", "data", "parameters")
 
 
 def split_items(payload: dict[str, Any]) -> tuple[tuple[Any, ...], Envelope]:

@@ -7,7 +7,6 @@ batch holds two requests, so those bodies are recognised here and no envelope is
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,28 +14,28 @@ from typing import Any
 
 from vmap_ensemble.errors import RequestError
 from vmap_ensemble.serving.kserve import Envelope, checked_items, split_items
+from vmap_ensemble.serving.options import (
+    OPTION_HEADERS,
+    OPTION_NAMES,
+    SHOWN,
+    as_text,
+    body_options,
+    check_headers,
+    check_keys,
+    check_tensors,
+    read_options,
+)
 from vmap_ensemble.tasks.answers import Options, dump_json
 
-OPTION_NAMES = ("detail", "subset", "top_k", "target")
-OPTION_HEADERS = {
-    "x-ensemble-detail": "detail",
-    "x-ensemble-subset": "subset",
-    "x-ensemble-top-k": "top_k",
-    "x-ensemble-target": "target",
-}
 PAYLOAD_KEYS = ("data", "body", "b64", "base64", "image")
 # What a body may hold beside the options, by its form.
 ENVELOPE_KEYS: dict[str, tuple[str, ...]] = {
     "kserve_v1": ("instances", "signature_name", "parameters", "id"),
     "kserve_v2": ("inputs", "outputs", "parameters", "id", "model_name", "model_version"),
 }
-# Of a request's own words so many characters at most are quoted in an error.
-SHOWN = 80
 MOST_ID = 256
 # Characters of an error's message: each may take four bytes.
 MOST_MESSAGE = 900
-# From this likeness on a key is taken for a misspelt one.
-MISSPELT = 0.75
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -76,19 +75,24 @@ def read_request(
             unknown; 413 for too many items.
     """
     plain = {str(k).lower(): v for k, v in headers.items() if isinstance(v, str)}
+    check_headers(plain)
     payload, fields = _split_fields(row, headers, plain, item_keys)
-    if isinstance(payload, (bytes, bytearray, memoryview)):
-        payload = _decode_json_bytes(bytes(payload), _claims_json(row, headers, plain))
+    payload = _read_payload(payload, _content_types(row, headers, plain))
     raw = {**{OPTION_HEADERS[k]: v for k, v in plain.items() if k in OPTION_HEADERS}, **fields}
     envelope: Envelope = "single"
     items: tuple[Any, ...] = (payload,)
     request_id = None
     if isinstance(payload, dict):
         request_id = _read_id(payload.get("id"))
-        raw.update(_body_options(payload))
+        raw.update(body_options(payload))
         items, envelope = split_items({k: v for k, v in payload.items() if k not in OPTION_NAMES})
+        parameters = payload.get("parameters")
+        if (envelope != "single" or item_keys is not None) and not isinstance(parameters, dict | None):
+            raise RequestError(400, f"parameters: expected an object, got {type(parameters).__name__}")
         if envelope != "single":
-            _check_keys(payload, (*ENVELOPE_KEYS[envelope], *OPTION_NAMES), "")
+            check_keys(payload, (*ENVELOPE_KEYS[envelope], *OPTION_NAMES), "")
+            if envelope == "kserve_v2":
+                check_tensors(payload)
         else:
             items = (_without(payload, OPTION_NAMES if item_keys is None else (*OPTION_NAMES, "parameters")),)
     elif isinstance(payload, list) and (lists_are_batches or _is_batch(payload)):
@@ -105,47 +109,21 @@ def _read_id(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _body_options(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a body: its own keys, and those of KServe's `parameters`, which may hold others' keys, too."""
-    parameters = payload.get("parameters")
-    found: dict[str, Any] = {}
-    if isinstance(parameters, dict):
-        for key in parameters:
-            if key not in OPTION_NAMES and difflib.get_close_matches(str(key), OPTION_NAMES, n=1, cutoff=MISSPELT):
-                _check_keys({key: None}, OPTION_NAMES, "parameters: ")
-        found = {k: parameters[k] for k in OPTION_NAMES if k in parameters}
-    return {**found, **{k: payload[k] for k in OPTION_NAMES if k in payload}}
-
-
 def _read_item(item: Any, raw: Mapping[str, Any], item_keys: Sequence[str] | None, where: str) -> tuple[Any, Options]:
     """An item without its options, and the options that hold for it."""
     try:
         if isinstance(item, dict):
             known = None if item_keys is None else (*item_keys, *OPTION_NAMES, "id")
-            _check_keys(item, known, "")
+            check_keys(item, known, "")
             raw = {**raw, **{k: item[k] for k in OPTION_NAMES if k in item}}
             item = _without(item, OPTION_NAMES)
-        return item, _read_options(raw)
+        return item, read_options(raw)
     except RequestError as error:
         raise RequestError(error.status, f"{where}{error.message}") from None
 
 
 def _without(mapping: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key not in keys}
-
-
-def _check_keys(given: Mapping[str, Any], known: Sequence[str] | None, where: str) -> None:
-    """Refuse unknown keys, naming the nearest known one; where any key may be, only what looks like an option.
-
-    Raises:
-        RequestError: 400.
-    """
-    for key in given:
-        near = difflib.get_close_matches(str(key)[:SHOWN], known or OPTION_NAMES, n=1, cutoff=MISSPELT)
-        if (known is None and (key in OPTION_NAMES or not near)) or (known is not None and key in known):
-            continue
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known or OPTION_NAMES)}"
-        raise RequestError(400, f"{where}unknown key '{str(key)[:SHOWN]}'; {hint}")
 
 
 def _is_batch(payload: list[Any]) -> bool:
@@ -178,12 +156,12 @@ def _split_fields(
     if len(rest) == 1:  # a single part is the payload, whatever it is called
         payload = next(iter(rest.values()))
     else:  # several are a JSON-like record
-        _check_keys(rest, item_keys, "multipart: ")
+        check_keys(rest, item_keys, "multipart: ")
         if (item_keys is not None and sum(key in PAYLOAD_KEYS for key in rest) > 1) or _hold_files(rest):
             raise RequestError(
                 400, f"expected one file, got the parts {', '.join(str(k)[:SHOWN] for k in rest)}; send one a request"
             )
-        payload = {k: _text(v) for k, v in rest.items()}
+        payload = {k: as_text(v) for k, v in rest.items()}
     if payload is None or (isinstance(payload, (bytes, bytearray, str)) and len(payload) == 0):
         raise RequestError(400, "the body is empty; send the input as the body or as a field 'data'")
     return payload, fields
@@ -191,24 +169,28 @@ def _split_fields(
 
 def _hold_files(parts: Mapping[str, Any]) -> bool:
     """Whether more than one part is no text."""
-    return sum(isinstance(_text(value), bytes) for value in parts.values()) > 1
+    return sum(isinstance(as_text(value), bytes) for value in parts.values()) > 1
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, (bytes, bytearray)):
-        try:
-            return bytes(value).decode("utf-8")
-        except UnicodeDecodeError:
-            return bytes(value)
-    return value
-
-
-def _claims_json(row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str]) -> bool:
-    types = [plain.get("content-type", "")]
-    # Of the fields that may be the payload: an option sent as JSON says nothing of the image beside it.
+def _content_types(row: Mapping[str, Any], headers: Mapping[str, Any], plain: Mapping[str, str]) -> list[str]:
+    """What the request and the fields that may be its payload say of themselves, in lower case."""
+    # An option sent as JSON says nothing of the image beside it.
     kinds = [headers[k] for k in row if k not in OPTION_NAMES and isinstance(headers.get(k), Mapping)]
-    types += [str(kind.get("content-type", "")) for kind in kinds]
-    return any("json" in kind.lower() for kind in types)
+    return [
+        str(kind).lower() for kind in (plain.get("content-type", ""), *(k.get("content-type", "") for k in kinds))
+    ]
+
+
+def _read_payload(payload: Any, types: Sequence[str]) -> Any:
+    """What a body or a part holds: JSON where it says so or looks like it."""
+    claims_json = any("json" in kind for kind in types)
+    # TorchServe hands text/... over as text, text/json among it; any other text was a string of JSON.
+    if isinstance(payload, str) and any(kind.startswith("text") for kind in types):
+        text = payload.removeprefix("\ufeff")
+        return _decode_json_bytes(text.encode("utf-8", "surrogatepass"), True) if claims_json else text
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return _decode_json_bytes(bytes(payload), claims_json)
+    return payload
 
 
 def _decode_json_bytes(payload: bytes, claims_json: bool) -> Any:
@@ -227,60 +209,6 @@ def _decode_json_bytes(payload: bytes, claims_json: bool) -> Any:
 
 def _begins_json(payload: bytes) -> bool:
     return payload.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"[")
-
-
-def _read_options(raw: Mapping[str, Any]) -> Options:
-    return Options(
-        detail=_read_detail(raw.get("detail")),
-        subset=_read_subset(raw.get("subset")),
-        top_k=_read_top_k(raw.get("top_k")),
-        target=_read_target(raw.get("target")),
-    )
-
-
-def _read_detail(value: Any) -> bool:
-    value = _text(value)
-    if value in (None, "", False, "none", "false"):
-        return False
-    if value in (True, "members"):
-        return True
-    raise RequestError(400, "detail: expected 'members' or nothing")
-
-
-def _read_subset(value: Any) -> tuple[str, ...] | None:
-    value = _text(value)
-    if value is None:
-        return None
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise RequestError(400, "subset: expected names of members, separated by commas or as a list")
-    cleaned = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if not cleaned:
-        raise RequestError(400, "subset: expected at least one name of a member")
-    return cleaned
-
-
-def _read_top_k(value: Any) -> int | None:
-    value = _text(value)
-    if value is None:
-        return None
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 10:
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(400, "top_k: expected a whole number of at least 1")
-    return value
-
-
-def _read_target(value: Any) -> tuple[str | int, ...] | None:
-    value = _text(value)
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = [name.strip() for name in value.split(",") if name.strip()]
-    names = value if isinstance(value, list) else [value]
-    if not names or not all(isinstance(name, str | int) and not isinstance(name, bool) for name in names):
-        raise RequestError(400, "target: expected labels or numbers, separated by commas or as a list, or 'all'")
-    return tuple(dict.fromkeys(names))
 
 
 def wrap_answers(request: Request, answers: list[dict[str, Any]], model_name: str) -> Any:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from archiver.source import Source
 from archiver.survey import Survey, survey_members
-from vmap_ensemble.archive.checkpoints import checkpoint_stem, read_checkpoint, read_state_dict
+from vmap_ensemble.archive.checkpoints import checkpoint_stem, find_checkpoints, read_checkpoint, read_state_dict
 from vmap_ensemble.errors import MemberError
 
 MODEL = """from torch import nn
@@ -158,6 +158,16 @@ def test_other_names_of_checkpoints(tmp_path: Path, suffix: str) -> None:
     assert checkpoint_stem(tmp_path / f"best{suffix}") == "best"
 
 
+def test_files_that_begin_with_a_dot_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("b.pt", "a.ckpt", "._a.ckpt", ".hidden.safetensors", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in find_checkpoints([tmp_path])] == ["a.ckpt", "b.pt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._a.pt").write_bytes(b"")
+    with pytest.raises(MemberError, match="expected a checkpoint or a folder of them"):
+        find_checkpoints([tmp_path / "empty"])
+
+
 def shadow() -> dict[str, Any]:
     return {"decay": 0.9, "num_updates": 3, "shadow_params": [value * 2 for value in net().parameters()]}
 
@@ -172,6 +182,8 @@ TWO = {
     ),
     "parameters alone": ({"model": net().state_dict(), "shadow": dict(net(9).named_parameters())}, "shadow"),
     "best": ({"model": net().state_dict(), "best_model": net(9).state_dict()}, "best_model"),
+    "in a list": ({"model": net().state_dict(), "snapshots": [net(9).state_dict()]}, "snapshots.0"),
+    "beside an optimiser": ({"model": net().state_dict(), "optim_ema": net(9).state_dict()}, "optim_ema"),
     "deepspeed": ({"module": net().state_dict(), "ema": {"module": net(9).state_dict()}}, "ema"),
 }
 
@@ -193,6 +205,22 @@ def test_a_choice_by_a_part_of_the_name(tmp_path: Path) -> None:
     assert_is(survey(tmp_path, file, choice="state_dict").states[0], net())
     with pytest.raises(MemberError, match=r"--weights average: no entry and no submodule of that name"):
         survey(tmp_path, file, choice="average")
+
+
+def test_averages_within_an_optimiser_are_found_and_its_own_moments_are_none(tmp_path: Path) -> None:
+    """NeMo keeps them there, as a tuple; Adam's moments have the parameters' shapes, too."""
+    model = net()
+    adam = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model.classifier(torch.ones(1, 4)).sum().backward()
+    adam.step()
+    moments = {"exp_avg": {name: torch.rand_like(value) for name, value in model.named_parameters()}}
+    plain = {"state_dict": net().state_dict(), "optimizer_states": [adam.state_dict()], "optimizer": moments}
+    assert_is(survey(tmp_path, saved(tmp_path, plain)).states[0], net())
+    average = tuple(value.data for value in net(9).parameters())
+    file = saved(tmp_path, {**plain, "optimizer_states": [{"opt": adam.state_dict(), "ema": average}]})
+    with pytest.raises(MemberError, match=r"several state dicts \(state_dict, optimizer_states\.0\.ema\)"):
+        survey(tmp_path, file)
+    assert_is(survey(tmp_path, file, choice="state_dict").states[0], net())
 
 
 def test_averages_without_names_can_not_be_chosen(tmp_path: Path) -> None:

@@ -112,3 +112,75 @@ def test_json_may_begin_with_a_byte_order_mark(headers):
     assert read(body, headers).items == ({"text": "x"},)
     assert read(b'\xef\xbb\xbf["a", "b"]').items == ("a", "b")
     assert read(b"\xef\xbb\xbfno json").items == (b"\xef\xbb\xbfno json",)
+
+
+@pytest.mark.parametrize("kind", ["text/json", "text/json; charset=utf-8", "text/x-json"])
+def test_json_that_came_as_text_is_json(kind):
+    """TorchServe decodes bodies of type text/...: their JSON was answered as a text with its brackets."""
+    for headers in ({"Content-Type": kind}, {"body": {"content-type": kind}}):
+        assert read('{"text": "x", "subset": "m1"}', headers).items == ({"text": "x"},)
+        with pytest.raises(RequestError, match="not valid JSON"):
+            read('{"text": ', headers)
+
+
+def test_a_text_is_what_it_says_but_for_its_byte_order_mark():
+    plain = {"Content-Type": "text/plain"}
+    assert read("\ufeffa text", plain).items == ("a text",)
+    assert read('{"text": "x"}', plain).items == ('{"text": "x"}',)
+    # TorchServe has parsed this one: positions in an answer are those in the client's string.
+    assert read("\ufeff{a}", {"Content-Type": "application/json"}).items == ("\ufeff{a}",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subset": ["m0"]}, r"inputs\[0\]: unknown key 'subset'; known keys: name, shape.*body"),
+        ({"dtype": "FP32"}, r"inputs\[0\]: unknown key 'dtype'; did you mean 'datatype'"),
+        ({"parameters": {"subset": "m0"}}, r"inputs\[0\].parameters: unexpected 'subset'; options stand in the body"),
+        ({"parameters": {"sub_set": "m0", "content_type": "str"}}, r"inputs\[0\].parameters: unexpected 'sub_set'"),
+    ],
+)
+def test_options_within_an_input_of_kserve_are_refused(change, message):
+    """Ignored, they had all members answer what one tenant's were asked."""
+    with pytest.raises(RequestError, match=message) as caught:
+        read({"inputs": [{"name": "text", "data": ["a"], **change}]})
+    assert caught.value.status == 400
+    others = {"parameters": {"content_type": "str", "pandas": 1}}
+    assert read({"inputs": [{"name": "text", "data": ["a"], **others}]}).items == ("a",)
+
+
+@pytest.mark.parametrize("asked", [{"subset": ["m0"]}, {"parameters": {"Subset": "m0"}}])
+def test_options_within_an_output_of_kserve_are_refused(asked):
+    inputs = [{"name": "text", "data": ["a"]}]
+    with pytest.raises(RequestError, match=r"outputs\[0\](.parameters)?: unexpected '[Ss]ubset'"):
+        read({"inputs": inputs, "outputs": [{"name": "answers", **asked}]})
+    assert read({"inputs": inputs, "outputs": [{"name": "answers", "parameters": {"binary": False}}]}).items == ("a",)
+
+
+@pytest.mark.parametrize("parameters", ["subset=m0", [{"subset": "m0"}], 1, False])
+def test_parameters_that_are_no_object_are_refused(parameters):
+    for body in ({"text": "a"}, {"instances": ["a"]}, {"inputs": [{"name": "text", "data": ["a"]}]}):
+        with pytest.raises(RequestError, match="parameters: expected an object"):
+            read({**body, "parameters": parameters})
+        assert read({**body, "parameters": None}).options[0].subset is None
+
+
+def test_parameters_are_few():
+    """Each is compared with the options' names."""
+    many = {f"k{number}": 0 for number in range(257)}
+    for body in ({"parameters": many}, {"inputs": [{"name": "x", "data": ["a"], "parameters": many}]}):
+        with pytest.raises(RequestError, match="parameters: expected at most 256 keys, got 257"):
+            read({"instances": ["a"], **body} if "inputs" not in body else body)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("X-Ensemble-Subsets", "header: unknown key 'x-ensemble-subsets'; did you mean 'x-ensemble-subset'"),
+        ("x-ensemble-tenant", "header: unknown key 'x-ensemble-tenant'"),
+    ],
+)
+def test_unknown_headers_of_ours_are_refused(header, message):
+    with pytest.raises(RequestError, match=message):
+        read({"text": "a"}, {header: "m0"})
+    assert subsets(read({"text": "a"}, {"X-Request-Id": "m0", "X-ENSEMBLE-SUBSET": "m0"})) == [("m0",)]

@@ -24,6 +24,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ITEM_KEYS = ("data", "b64", "image", "base64")
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_SAMPLE_FORMAT, _SIGNED = 339, 2
+# A data: URL says what it holds, in either case, before this.
+_PREFIX_ENDS, _LONGEST_PREFIX = ";base64,", 512
 Background = Literal["white", "black"]
 # Colours that lie no further apart show no drawing: what there is to see stands in alpha.
 _ONE_COLOUR = 32
@@ -189,7 +192,7 @@ def to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
         if not ((values >= -0.5) & (values <= 255.5)).all():
             raise UnknownKind("the image holds floats beyond 0 to 1; send 8 or 16 bits a pixel, or a tensor")
         values = values.round()
-    elif image.mode == "I":
+    elif image.mode == "I" or _tag(opened, _SAMPLE_FORMAT) == _SIGNED:
         raise UnknownKind(
             "the image holds wide or signed integers, whose white is unknown; send 8 or 16 bits a pixel"
         )
@@ -244,8 +247,9 @@ def decode_base64(text: str, what: str) -> bytes:
         text: In the standard or the url-safe alphabet; with or without padding, line breaks or a `data:` prefix.
         what: What errors call it.
     """
-    prefix, _, tail = text.rpartition(";base64,")
-    if prefix and "%" in tail:  # data: is an URL
+    start = text[:_LONGEST_PREFIX].lower().rfind(_PREFIX_ENDS)
+    tail = text if start < 0 else text[start + len(_PREFIX_ENDS) :]
+    if start >= 0 and "%" in tail:  # data: is an URL
         tail = unquote(tail)
     # Lines, not words: what has spaces between is a text.
     joined = "".join(line.strip() for line in tail.splitlines())

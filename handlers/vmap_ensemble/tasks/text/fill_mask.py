@@ -26,7 +26,7 @@ class FillMask(TextMode):
 
     def read(self, item: Any) -> TextInput:
         """A text with at least one mask."""
-        text = read_text_item(item, self.settings.max_characters).text
+        text = read_text_item(item, self.settings.max_characters, pairs=False).text
         if self.tokenizer.mask_token not in text:
             raise UnfitItem(f"the text has no {self.tokenizer.mask_token} to fill")
         return TextInput(text)

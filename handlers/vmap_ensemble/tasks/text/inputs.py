@@ -19,30 +19,41 @@ class TextInput:
     pair: str | None = None
 
 
-def read_text_item(item: Any, max_characters: int) -> TextInput:
+def read_text_item(item: Any, max_characters: int, pairs: bool = True) -> TextInput:
     """Read a text, or {"text": …}, {"text": …, "text_pair": …}.
 
+    Args:
+        item: What a request holds.
+        max_characters: Longest text.
+        pairs: Whether a second text is read; else one is refused.
+
     Raises:
-        ItemError: where there is no proper text, 413 where it is too long.
+        ItemError: where there is no proper text or one too many, 413 where it is too long.
     """
     if not isinstance(item, Mapping):
         return TextInput(read_text(item, "text", max_characters))
-    for key in TEXT_KEYS:
-        if key in item:
-            pair = item.get("text_pair")
-            second = None if pair is None else read_text(pair, "text_pair", max_characters)
-            return TextInput(read_text(item[key], key, max_characters), second)
-    raise UnreadableItem('expected a text, or a JSON object {"text": …} with "text_pair" for pairs')
+    keys = [key for key in TEXT_KEYS if key in item]
+    if not keys:
+        raise UnreadableItem('expected a text, or a JSON object {"text": …} with "text_pair" for pairs')
+    pair = item.get("text_pair")
+    if len(keys) > 1 or (pair is not None and not pairs):
+        given = ", ".join([*keys, *(["text_pair"] if pair is not None else [])])
+        raise UnreadableItem(f"expected one text, got {given}; send one an item")
+    second = None if pair is None else read_text(pair, "text_pair", max_characters)
+    return TextInput(read_text(item[keys[0]], keys[0], max_characters), second)
 
 
 def read_question_item(item: Any, max_characters: int) -> TextInput:
     """Read {"question": …, "context": …}.
 
     Raises:
-        ItemError: where a key is missing or no proper text, 413 where one is too long.
+        ItemError: where a key is missing or no proper text, or there is another text; 413 where one is too long.
     """
     if not isinstance(item, Mapping) or not {"question", "context"} <= set(item):
         raise UnreadableItem('expected a JSON object {"question": …, "context": …}')
+    others = [key for key in (*TEXT_KEYS, "text_pair") if key in item]
+    if others:
+        raise UnreadableItem(f"expected a question and its context, got {', '.join(others)} beside them")
     return TextInput(
         read_text(item["question"], "question", max_characters), read_text(item["context"], "context", max_characters)
     )

@@ -183,7 +183,11 @@ def _binary_entropy(probabilities: Tensor) -> Tensor:
 
 
 def kind_of_classification(settings: TextSettings, config: Any) -> type[SingleLabel]:
-    """The class that answers a sequence classification: by the settings' or the config's problem type."""
+    """The class that answers a sequence classification: by the settings' or the config's problem type.
+
+    Raises:
+        SettingsError: One label alone, of which the softmax is always 1.
+    """
     kinds: dict[str, type[SingleLabel]] = {
         "single_label": SingleLabel,
         "multi_label": MultiLabel,
@@ -191,4 +195,9 @@ def kind_of_classification(settings: TextSettings, config: Any) -> type[SingleLa
     }
     theirs = {"multi_label_classification": "multi_label", "regression": "regression"}
     kind = settings.problem_type or theirs.get(config.problem_type or "")
+    if kind == "single_label" and config.num_labels == 1:
+        raise SettingsError(
+            "setup_config.json: problem_type: the members have one label, which a single_label is always sure of; "
+            "expected 'regression' (its number) or 'multi_label' (its probability)"
+        )
     return kinds[kind or ("regression" if config.num_labels == 1 else "single_label")]

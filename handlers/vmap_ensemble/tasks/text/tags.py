@@ -5,7 +5,7 @@
     BIOES       E is the last word, S the only one; BMES, BMEWO likewise
     IO          I alone, or kinds without any letter: neighbours of one kind are one entity
 
-Letters stand before (`B-PER`, `B_PER`), behind (`PER-B`) or alone (`B`, `I`, `O`).
+Letters stand before (`B-PER`, `B_PER`, `B:PER`), behind (`PER-B`) or alone (`B`, `I`, `O`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ BEGINS, UNITS, LAST = "B", "USW", "LE"
 LETTERS = BEGINS + "IM" + LAST + UNITS
 # What an entity is called where the labels are letters alone.
 ONLY_KIND = "entity"
+# What stands between a letter and its kind.
+BETWEEN = r"[-_:./|]"
 PATTERNS = {
-    "prefix": re.compile(rf"(?P<letter>[{LETTERS}])[-_](?P<kind>.+)", re.IGNORECASE),
-    "suffix": re.compile(rf"(?P<kind>.+)[-_](?P<letter>[{LETTERS}])", re.IGNORECASE),
+    "prefix": re.compile(rf"(?P<letter>[{LETTERS}]){BETWEEN}(?P<kind>.+)", re.IGNORECASE),
+    "suffix": re.compile(rf"(?P<kind>.+){BETWEEN}(?P<letter>[{LETTERS}])", re.IGNORECASE),
     "alone": re.compile(rf"(?P<letter>[{LETTERS}])(?P<kind>)"),
 }
 

@@ -39,8 +39,7 @@ class TokenClassification(TextMode):
 
     def read(self, item: Any) -> TextInput:
         """A text."""
-        text = read_text_item(item, self.settings.max_characters)
-        return TextInput(text.text)
+        return read_text_item(item, self.settings.max_characters, pairs=False)
 
     def encode(self, item: Any) -> TextExample:
         """Tokenise; a long text becomes several windows."""

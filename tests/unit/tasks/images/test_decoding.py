@@ -211,6 +211,14 @@ def test_wide_integers_are_refused(scale):
     assert (status_of(error), "wide or signed integers" in error.message) == (415, True)
 
 
+def test_signed_bytes_have_no_known_white():
+    """Pillow reads -1 as 255."""
+    assert np.array_equal(decoded(tiff(GREY, _339=1)), GREY)
+    error = refused(tiff(GREY, _339=2))
+    assert status_of(error) == 415
+    assert "signed integers" in str(error)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bits_are_scaled_in_every_file(kind, image_file):
     data = image_file(Image.fromarray(GREY.astype(np.uint16) * 257), kind)
@@ -311,6 +319,7 @@ IMAGE = bytes(range(256)) * 3 + b"ab"
         base64.b64encode(IMAGE).decode().rstrip("="),
         base64.urlsafe_b64encode(IMAGE).decode().rstrip("="),
         "data:image/png;base64," + base64.b64encode(IMAGE).decode(),
+        "DATA:IMAGE/PNG;charset=utf-8;BASE64, " + base64.b64encode(IMAGE).decode(),
         "data:image/png;base64," + quote(base64.b64encode(IMAGE).decode(), safe=""),
     ],
 )

@@ -174,6 +174,22 @@ def test_regression_gives_mean_and_deviation(serve, ask):
     assert answer["uncertainty"]["standard_deviation"] == pytest.approx(deviation, rel=1e-3)
 
 
+def test_a_single_label_of_one_logit_is_refused(serve):
+    """A softmax of one number is 1, whatever the text."""
+    with pytest.raises(SettingsError, match=r"problem_type: the members have one label.*'multi_label'"):
+        serve("sequence_classification", CONFIGS["bert"](num_labels=1), problem_type="single_label")
+
+
+def test_several_labels_of_one_logit_are_its_sigmoid(serve, ask):
+    config = CONFIGS["bert"](num_labels=1)
+    handler, members, tokenizer = serve("sequence_classification", config, problem_type="multi_label")
+    ((status, answer),) = ask(handler, [{"body": b"a great movie"}])
+    inputs = tokenizer("a great movie", return_tensors="pt")
+    expected = torch.stack([member(**inputs).logits[0, 0].sigmoid() for member in members.values()]).mean()
+    assert status == 200
+    assert answer["top_k"][0]["probability"] == pytest.approx(expected.item(), abs=1e-6)
+
+
 def test_pairs_reach_the_model_as_pairs(serve, ask):
     handler, members, tokenizer = serve("sequence_classification", CONFIGS["bert"](num_labels=3))
     ((_, answer),) = ask(handler, [{"body": {"text": "what is it", "text_pair": "a movie"}}])

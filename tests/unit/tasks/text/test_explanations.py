@@ -12,7 +12,7 @@ captum = pytest.importorskip("captum.attr")
 
 from tests.unit.tasks.text import test_encoder_task as bert  # noqa: E402
 from vmap_ensemble.encoders.forward import POSITIONS, count_real_tokens  # noqa: E402
-from vmap_ensemble.errors import RequestError, SettingsError  # noqa: E402
+from vmap_ensemble.errors import ItemError, RequestError, SettingsError  # noqa: E402
 from vmap_ensemble.serving.requests import read_request  # noqa: E402
 
 serve_anywhere = bert.serve
@@ -344,3 +344,19 @@ def test_targets_are_read_from_anywhere(value, expected):
 def test_targets_that_make_no_sense_are_refused(value):
     with pytest.raises(RequestError, match="target: expected labels or numbers"):
         read_request({"body": {"text": "x", "target": value}}, {})
+
+
+def test_an_item_of_a_list_that_cant_be_explained_is_named(serve, ask):
+    handler, _, _ = serve("sequence_classification", bert.CONFIGS["bert"](num_labels=3))
+    body = {"instances": [{"text": "a"}, {"text": ""}]}
+    ((status, answer),) = ask(handler, [{"body": body}], [EXPLAIN])
+    assert (status, answer["error"]["message"]) == (400, "item 1: text: the text is empty")
+    with pytest.raises(ItemError, match=r"^item 1: text: the text is empty"):
+        handler.ensemble.explain(["a", ""])
+
+
+def test_explanations_keep_to_the_tokens_of_a_request(serve, ask):
+    handler, _, _ = serve("sequence_classification", bert.CONFIGS["bert"](num_labels=3), max_request_tokens=7)
+    for texts, expected in ((["a sample text"], 200), (["a sample text", "great"], 413)):
+        ((status, _),) = ask(handler, [{"body": texts}], [EXPLAIN])
+        assert status == expected

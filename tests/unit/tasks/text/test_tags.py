@@ -17,6 +17,9 @@ SCHEMES = {
     "suffixed": "PER-B O PER-B PER-B PER-I PER-I O LOC-B LOC-I LOC-I",
     "suffixed BIOES": "PER-S O PER-S PER-B PER-I PER-E O LOC-B LOC-I LOC-E",
     "underscores": "B_PER O B_PER B_PER I_PER I_PER O B_LOC I_LOC I_LOC",
+    "colons": "B:PER O B:PER B:PER I:PER I:PER O B:LOC I:LOC I:LOC",
+    "dots behind": "PER.B O PER.B PER.B PER.I PER.I O LOC.B LOC.I LOC.I",
+    "IOE": "I-PER O E-PER I-PER I-PER E-PER O I-LOC I-LOC E-LOC",
     "lower case": "b-PER o b-PER b-PER i-PER i-PER o b-LOC i-LOC i-LOC",
     "with other labels": "B-PER O B-PER B-PER I-PER I-PER O B-LOC I-LOC I-LOC",
 }
@@ -43,6 +46,10 @@ def test_every_scheme_gives_the_same_entities(name):
 )
 def test_without_beginnings_neighbours_of_one_kind_are_joined(tags):
     assert join(tags.split()) == [("PER", "Ana"), ("PER", "Eva Maria Lee"), ("LOC", "new Berlin Mitte")]
+
+
+def test_labels_with_single_letters_of_their_own_are_kinds():
+    assert join(["U.S", "O", "U.S", "U.S"], ["a", "b", "c", "d"]) == [("U.S", "a"), ("U.S", "c d")]
 
 
 def test_letters_alone_are_one_kind():
