@@ -31,6 +31,7 @@ from vmap_ensemble.description import Description
 from vmap_ensemble.errors import ItemError, UnfitItem, numbered
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
+from vmap_ensemble.execution.compiled.packages import COMPILED_FILE
 from vmap_ensemble.execution.modes import Execution, prove
 from vmap_ensemble.execution.register import ExecutionOptions
 from vmap_ensemble.many import Numbered, Windows, answer_window, find_batch, load_windows, open_item
@@ -419,6 +420,13 @@ class Ensemble:
     def proof(self) -> Proof | None:
         """What the comparison with the members' own forwards showed; None until there was a batch for one."""
         return self.execution.proof
+
+    def fallbacks(self) -> list[str]:
+        """What serves in a slower way than the archive was made for; candidates that `auto` merely tried are none."""
+        found = ["rows run alone"] if self.alone else []
+        packed = self.task.place.folder is not None and (self.task.place.folder / COMPILED_FILE).is_file()
+        refused = [candidate.name for candidate in self.execution.candidates if candidate.refused]
+        return [*found, *["compiled refused"] * (packed and "compiled" in refused)]
 
     def describe(self) -> Description:
         """Members with SHA-256, dtype, device, how the forward is run and why, the proof, labels."""

@@ -223,7 +223,8 @@ def test_metrics_reach_prometheus_under_their_own_labels(server: TorchServe) -> 
         assert f'ModelName="{MODEL}"' in line
         assert float(line.rsplit(" ", 1)[1]) > 0
     refused = [line for line in text.splitlines() if line.startswith("EnsembleRefusedRequests{")]
-    assert any('Status="400"' in line and f'ModelName="{MODEL}"' in line for line in refused)
+    own = ('Status="400"', 'Reason="unreadable"', 'ModelVersion="1.0"', f'ModelName="{MODEL}"')
+    assert any(all(label in line for label in own) for line in refused)
 
 
 def test_no_request_content_or_path_in_the_log(server: TorchServe) -> None:

@@ -21,7 +21,7 @@ from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ItemError, OutOfMemory, RequestError, numbered, where
 from vmap_ensemble.many import answer_each
 from vmap_ensemble.serving.requests import Request, error_body, read_request, wrap_answers
-from vmap_ensemble.serving.statuses import status_of
+from vmap_ensemble.serving.statuses import reason_of, status_of
 from vmap_ensemble.tasks.answers import Answer, Options, dump_json
 
 logger = logging.getLogger(__name__)
@@ -153,16 +153,23 @@ class _Batch:
         )
 
     def _reply(self, request: Request, answers: list[Answer | ItemError]) -> str:
-        for number, answer in enumerate(answers):
+        for number, (answer, options) in enumerate(zip(answers, request.options, strict=True)):
             if isinstance(answer, ItemError):
                 with _numbered(number, request):
                     raise answer
-            if answer.mutual_information is not None:
-                self.record("EnsembleMutualInformation", answer.mutual_information)
-            for name in answer.left_out:
-                self.record("EnsembleNonFiniteMembers", 1, name)
+            self._record_answer(answer, options)
         bodies = [answer.body for answer in answers if isinstance(answer, Answer)]
         return dump_json(wrap_answers(request, bodies, self.ensemble.settings.name))
+
+    def _record_answer(self, answer: Answer, options: Options) -> None:
+        if answer.mutual_information is not None:
+            self.record("EnsembleMutualInformation", answer.mutual_information)
+        if answer.body.get("abstain") is True:
+            self.record("EnsembleAbstentions", 1)
+        for name in answer.left_out:
+            self.record("EnsembleNonFiniteMembers", 1, name)
+        for name in options.subset or ():
+            self.record("EnsembleMemberAnswers", 1, name)
 
     @contextmanager
     def _guard(self, index: int) -> Iterator[None]:
@@ -181,7 +188,7 @@ class _Batch:
         if not isinstance(reply, ItemError):
             return Reply(200, str(reply))
         status = status_of(reply)
-        self.record("EnsembleRefusedRequests", 1, str(status))
+        self.record("EnsembleRefusedRequests", 1, str(status), reason_of(status))
         return Reply(status, dump_json(error_body(status, str(reply))))
 
     def _record_times(self, batch: int, parse_s: float, forward_s: float, predicted_at: float) -> None:

@@ -12,7 +12,9 @@ from scripts.torchserve_process import read_properties
 
 CONFIG = Path(__file__).resolve().parents[3] / "config"
 OWN_DIMENSIONS = {
-    "EnsembleRefusedRequests": ("counter", ["Status"]),
+    "EnsembleRefusedRequests": ("counter", ["Status", "Reason"]),
+    "EnsembleAbstentions": ("counter", []),
+    "EnsembleMemberAnswers": ("counter", ["Member"]),
     "EnsembleNonFiniteMembers": ("counter", ["Member"]),
     "EnsembleFallbacks": ("counter", ["Reason"]),
     "EnsembleParseTime": ("histogram", []),
@@ -33,7 +35,7 @@ def test_metrics_load_with_torchserves_own_parser() -> None:
     cache.initialize_cache()
     for name, (kind, own) in OWN_DIMENSIONS.items():
         metric = cache.get_metric(name, MetricTypes(kind))
-        assert metric.dimension_names == [*own, "ModelName", "Level"], name
+        assert metric.dimension_names == [*own, "ModelVersion", "ModelName", "Level"], name
 
 
 def test_torchserves_own_metrics_are_kept() -> None:

@@ -10,9 +10,10 @@ import torch
 
 from vmap_ensemble import errors
 from vmap_ensemble.ensemble import Ensemble
+from vmap_ensemble.execution.choice_cache import Candidate
 from vmap_ensemble.models.mnist import MnistNet
 from vmap_ensemble.serving.batch import Incoming, answer_batch
-from vmap_ensemble.serving.statuses import STATUSES, status_of
+from vmap_ensemble.serving.statuses import REASONS, STATUSES, reason_of, status_of
 
 
 @pytest.fixture
@@ -77,8 +78,32 @@ def test_what_happened_is_recorded(ensemble, digit):
         ensemble(), [Incoming({"body": digit()}, {}), Incoming({"body": b"x"}, {})], lambda *row: recorded.append(row)
     )
     assert ("EnsembleBatchSize", 1) in recorded
-    assert ("EnsembleRefusedRequests", 1, "415") in recorded
+    assert ("EnsembleRefusedRequests", 1, "415", "unknown_kind") in recorded
     assert any(name == "EnsembleMutualInformation" and value >= 0 for name, value, *_ in recorded)
+
+
+def test_abstentions_and_the_members_that_were_named_are_counted(ensemble, digit):
+    recorded = []
+    ens = ensemble(abstain_below_probability=1.0)
+    named = {"x-ensemble-subset": f"{ens.names[0]},{ens.names[1]}"}
+    batch = [Incoming({"body": digit()}, {}), Incoming({"body": digit()}, named)]
+    answer_batch(ens, batch, lambda *row: recorded.append(row))
+    assert recorded.count(("EnsembleAbstentions", 1)) == 2
+    members = [row for row in recorded if row[0] == "EnsembleMemberAnswers"]
+    assert members == [("EnsembleMemberAnswers", 1, ens.names[0]), ("EnsembleMemberAnswers", 1, ens.names[1])]
+
+
+def test_what_auto_merely_tried_is_no_fallback(ensemble):
+    ens = ensemble()
+    ens.execution.candidates.append(Candidate("cudagraph", refused="no GPU"))
+    assert ens.fallbacks() == []
+    ens.alone = True
+    assert ens.fallbacks() == ["rows run alone"]
+
+
+def test_every_status_of_ours_has_a_reason():
+    assert set(STATUSES.values()) <= set(REASONS)
+    assert reason_of(418) == "other"
 
 
 def test_every_error_of_an_item_has_a_status():

@@ -80,16 +80,15 @@ class TorchServeHandler(Task):
             settings = load_settings(folder, self.settings_class, config.get("handler"))
             threads = settings.threads or threads_per_worker(config, cores_at_hand())
             configure_torch(threads, settings.float32_matmul_precision)
-            self.metrics = Metrics(context.metrics, context.model_name)
+            self.metrics = Metrics(context.metrics, context.model_name, _version(context))
             keep_parts_of_one_name()
         with timed(phases.READ):
             place = make_place(settings, folder, threads, context.system_properties.get("gpu_id"))
         with timed(phases.BUILD):
             super().__init__(settings, place)
         ensemble = Ensemble.start(self, timed, [int(config.get("batchSize") or 1)])
-        for candidate in ensemble.execution.candidates:
-            if candidate.refused:
-                self.metrics.record("EnsembleFallbacks", 1, f"{candidate.name} refused")
+        for reason in ensemble.fallbacks():
+            self.metrics.record("EnsembleFallbacks", 1, reason)
         return ensemble
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
@@ -130,6 +129,12 @@ class TorchServeHandler(Task):
 
 class VmapEnsembleHandler(TorchServeHandler, Task):
     """Serves N checkpoints of one architecture: the base of handlers of your own (docs/own_handler.md)."""
+
+
+def _version(context: Any) -> str:
+    """The archive's version, as it was built."""
+    model = (context.manifest or {}).get("model") or {}
+    return str(model.get("modelVersion") or "")
 
 
 def _with_headers(data: list[dict[str, Any]], context: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -13,14 +13,16 @@ from vmap_ensemble.errors import SettingsError
 TORCHSERVE_METRICS = logging.getLogger("ts.metrics.caching_metric")
 
 # Name -> (type, unit, own dimensions). Values are matched to dimensions by position: own ones first, then
-# ModelName and Level. TorchServe's histogram buckets are fixed at 0.005 to 10, so times are in seconds.
+# ModelVersion, ModelName and Level. TorchServe's histogram buckets are fixed at 0.005 to 10, so times are in seconds.
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "EnsembleParseTime": ("HISTOGRAM", "seconds", ()),
     "EnsembleForwardTime": ("HISTOGRAM", "seconds", ()),
     "EnsembleRespondTime": ("HISTOGRAM", "seconds", ()),
     "EnsembleBatchSize": ("HISTOGRAM", "count", ()),
     "EnsembleMutualInformation": ("HISTOGRAM", "nats", ()),
-    "EnsembleRefusedRequests": ("COUNTER", "count", ("Status",)),
+    "EnsembleRefusedRequests": ("COUNTER", "count", ("Status", "Reason")),
+    "EnsembleAbstentions": ("COUNTER", "count", ()),
+    "EnsembleMemberAnswers": ("COUNTER", "count", ("Member",)),
     "EnsembleNonFiniteMembers": ("COUNTER", "count", ("Member",)),
     "EnsembleFallbacks": ("COUNTER", "count", ("Reason",)),
 }
@@ -35,13 +37,14 @@ class Metrics:
     Args:
         cache: TorchServe's metrics cache (`context.metrics`); None records nothing, as outside a server.
         model_name: Value of the dimension ModelName.
+        version: Value of the dimension ModelVersion.
 
     Raises:
         SettingsError: metrics.yaml declares one of ours with another number of dimensions.
     """
 
-    def __init__(self, cache: Any, model_name: str) -> None:
-        self._tail = (model_name, "Model")
+    def __init__(self, cache: Any, model_name: str, version: str) -> None:
+        self._tail = (version, model_name, "Model")
         self._metrics: dict[str, Any] = {}
         self._lines: list[str] = []
         if cache is None:
@@ -52,7 +55,7 @@ class Metrics:
 
         self._host = socket.gethostname()
         for name, (kind_name, unit, dimensions) in METRICS.items():
-            kind, names = MetricTypes[kind_name], [*dimensions, "ModelName", "Level"]
+            kind, names = MetricTypes[kind_name], [*dimensions, "ModelVersion", "ModelName", "Level"]
             try:
                 self._metrics[name] = metric = cache.get_metric(name, kind)
             except MetricsCacheKeyError:

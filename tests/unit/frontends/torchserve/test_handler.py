@@ -282,7 +282,7 @@ def test_member_that_is_not_finite_is_left_out_named_and_counted(make_mnist, ask
     expected = plain(models, 0, ["m0", "m2"])
     assert answer["prediction"]["probability"] == pytest.approx(expected.max().item(), rel=1e-5)
     assert ("EnsembleNonFiniteMembers", 1, "m1") in recorded
-    assert ("EnsembleRefusedRequests", 1, "500") in recorded
+    assert ("EnsembleRefusedRequests", 1, "500", "failed") in recorded
     assert (status, body["error"]["message"]) == (500, "no member gave a finite output for this input")
 
 
