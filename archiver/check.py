@@ -101,7 +101,7 @@ def _run_child(
 ) -> None:
     reader, writer = os.pipe()
     command = [
-        *(sys.executable, str(CHILD), str(folder)),
+        *(sys.executable, str(CHILD), str(folder.absolute())),  # it works in there
         *(str(request.absolute()) if request else "", str(writer)),
     ]
     # A caller's PYTHONPATH comes before the archive in a worker too; here it would hide what is missing.

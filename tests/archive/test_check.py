@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from archiver import check
+from archiver.__main__ import main
 from tests.archive.conftest import Project
 
 PHASES = ("unpack", "import", "members", "settings", "build", "stack", "equivalence", "request")
@@ -97,3 +98,9 @@ def test_a_handler_that_hangs_is_ended(project: Project, monkeypatch: pytest.Mon
     monkeypatch.setattr(check, "CHECK_TIMEOUT_S", 2)
     assert project.run("--check", str(project.mar)) == 1
     assert "the process ended with -9" in capsys.readouterr().err
+
+
+def test_an_archive_is_loaded_from_a_folder_given_from_here(project: Project) -> None:
+    """The process that loads it works in another folder than the one that the path starts at."""
+    assert main(["tiny", "--config", "setup_config.json", "--output", "out"]) == 0
+    assert (project.folder / "out" / "tiny.mar").is_file()

@@ -20,6 +20,12 @@ pytestmark = pytest.mark.skipif(not runs_kernels(), reason="no kernels for this 
 
 
 @pytest.fixture
+def made():
+    """The library for AVX2, made while there is a compiler."""
+    return build_library(AVX2, kernel_library.CACHE).read_bytes()
+
+
+@pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -71,11 +77,11 @@ def test_a_library_is_missed_with_one_line(monkeypatch, tmp_path, caplog, no_com
     ]
 
 
-def test_an_archive_brings_its_own(monkeypatch, tmp_path, no_compiler):
+def test_an_archive_brings_its_own(made, monkeypatch, tmp_path, no_compiler):
     for source in kernel_library.SOURCES.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    (tmp_path / AVX2.file).write_bytes(build_library(AVX2, kernel_library.CACHE).read_bytes())
+    (tmp_path / AVX2.file).write_bytes(made)
     monkeypatch.setattr(kernel_library, "SOURCES", tmp_path)
     monkeypatch.setattr(kernel_library, "CACHE", tmp_path / "none")
     assert load_library.__wrapped__()._name == str(tmp_path / AVX2.file)
