@@ -28,6 +28,7 @@ from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.kernels import add_kernels
 from archiver.pack import pack_archive, settings_of, target_path
 from archiver.precision import check_precision, judge_precision
+from archiver.preprocessing import claimed_preprocessing
 from archiver.pretrained import check_heads, check_num_labels, choose_pretrained, stage_pretrained
 from archiver.report import show_archive, show_kernels, show_note, show_precision, show_survey, show_traced
 from archiver.resolve import resolve_members
@@ -94,6 +95,7 @@ def _build(
         assumed = not request.settings.get("architecture")
         request = _with_claims(_with_architecture(request, handler), handler, sources, console)
         survey = _survey(request, sources, console, assumed)
+        request = _with_preprocessing(request, handler, survey, console)
         request = _with_labels(request, handler, survey, scratch)
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
@@ -162,6 +164,22 @@ def _with_claims(
     if note is not None:
         show_note(console, note)
     return dataclasses.replace(request, settings=settings)
+
+
+def _with_preprocessing(
+    request: ArchiveRequest, handler: type[Task], survey: Survey, console: Console
+) -> ArchiveRequest:
+    """With how the members say that images are prepared; a key of the block wins, and `transforms` over all."""
+    if "interpolation" not in known_keys(handler.settings_class) or request.settings.get("transforms"):
+        return request
+    told = claimed_preprocessing(survey.sources, survey.preprocessing)
+    if "input_shape" in request.settings:
+        told.pop("crop", None)
+    added = {key: value for key, value in told.items() if key not in request.settings}
+    if added:
+        text = ", ".join(f"{key} {value}" for key, value in added.items())
+        show_note(console, f"images are prepared as the members say: {text}")
+    return dataclasses.replace(request, settings={**request.settings, **added})
 
 
 def _count_outputs(request: ArchiveRequest, handler: type[Task]) -> int | None:

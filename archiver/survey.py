@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class Survey:
     left_out: tuple[str, ...] = ()
     # Per member what its checkpoint says of its classes, where it does.
     classes: tuple[dict[int, str] | None, ...] = ()
+    # Per member what its checkpoint says of how images are prepared, where it does.
+    preprocessing: tuple[Mapping[str, Any] | None, ...] = ()
 
     def kept_keys(self) -> list[str]:
         """Keys that are stored: all but the tied ones."""
@@ -134,6 +137,7 @@ def survey_members(
         architecture_checked=bool(architecture),
         left_out=tuple(left_out),
         classes=tuple(checkpoint.classes for checkpoint in read),
+        preprocessing=tuple(checkpoint.preprocessing for checkpoint in read),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vmap_ensemble.archive.settings import WORKER_KEYS, Settings, known_keys
-from vmap_ensemble.tasks.images.settings import VisionSettings
+from vmap_ensemble.tasks.images.settings import TorchvisionSettings, VisionSettings
 from vmap_ensemble.tasks.text.settings import TextSettings, TracedSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
@@ -23,6 +23,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 DOCUMENTED: dict[str, type[Settings]] = {
     "Every handler": Settings,
     "Handlers of images": VisionSettings,
+    "Handlers of torchvision's classifiers": TorchvisionSettings,
     "Handlers of text": TextSettings,
     "Handlers of traced text": TracedSettings,
 }

@@ -43,10 +43,11 @@ _HARMLESS: list[Any] = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One file: its weights, and class number -> name where it says so."""
+    """One file: its weights, and class number -> name and how images are prepared, where it says so."""
 
     state: State
     classes: dict[int, str] | None = None
+    preprocessing: Mapping[str, Any] | None = None
 
 
 def find_checkpoints(paths: Sequence[Path]) -> list[Path]:
@@ -103,7 +104,12 @@ def read_checkpoint(path: str | Path, choice: str | None = None) -> Checkpoint:
     state = strip_wrappers(chosen, path.name)
     if left is not None:
         state = choose_submodule(state, path.name, left)
-    return Checkpoint(state, classes_in(loaded, path.name))
+    return Checkpoint(state, classes_in(loaded, path.name), _preprocessing_in(loaded))
+
+
+def _preprocessing_in(loaded: Any) -> Mapping[str, Any] | None:
+    found = loaded.get("preprocessing") if isinstance(loaded, Mapping) else None
+    return found if isinstance(found, Mapping) else None
 
 
 def checkpoint_stem(path: Path) -> str:

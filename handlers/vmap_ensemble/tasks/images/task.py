@@ -47,7 +47,7 @@ class ImageTask(Task):
             takes them without a copy.
     """
 
-    settings_class = VisionSettings
+    settings_class: type[VisionSettings] = VisionSettings
     mode = "RGB"
     short_side = 256
     threads_from_bytes = 0  # Pillow decodes and resizes without the interpreter's lock

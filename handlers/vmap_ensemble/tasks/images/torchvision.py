@@ -8,13 +8,18 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 from torchvision.models import get_model_weights, get_weight
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.models.architecture import torchvision_name
 from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser
+from vmap_ensemble.tasks.images.settings import TorchvisionSettings, both
 from vmap_ensemble.tasks.images.task import ImageTask
+
+# Settings that say all of how an image is prepared.
+PREPARATION = ("resize", "crop", "mean", "std", "interpolation")
 
 
 class TorchvisionTask(ImageTask):
@@ -22,38 +27,72 @@ class TorchvisionTask(ImageTask):
 
     default_architecture = "torchvision:resnet18"
 
+    settings_class = TorchvisionSettings
+
     @functools.cached_property
     def weights(self) -> Any:
-        """The torchvision weights entry whose transforms and labels are used."""
+        """The torchvision weights entry whose transforms and labels are used; None where the settings say it all."""
         try:
             if self.settings.transforms:
                 return get_weight(self.settings.transforms)
             return get_model_weights(torchvision_name(self.architecture)).DEFAULT
         except ValueError as error:
+            if not self.settings.transforms and not self._missing():
+                return None
             raise SettingsError(
                 "setup_config.json: transforms: expected the name of torchvision weights such as "
-                f"'ResNet18_Weights.IMAGENET1K_V1', got {self.settings.transforms or self.architecture!r} ({error})"
+                f"'ResNet18_Weights.IMAGENET1K_V1', got {self.settings.transforms or self.architecture!r} ({error}); "
+                f"or all of {', '.join(PREPARATION)}"
             ) from None
+
+    def _missing(self) -> list[str]:
+        """What the settings leave to the weights."""
+        given = {key: getattr(self.settings, key) for key in PREPARATION}
+        given["crop"] = given["crop"] or self.settings.input_shape
+        return [key for key, value in given.items() if value is None]
 
     @functools.cached_property
     def preset(self) -> Any:
-        """The transform that belongs to the weights: resize, crop, normalise; to the settings' size if given."""
-        preset = self.weights.transforms()
+        """The weights' transform (resize, crop, normalise), with what the settings say instead."""
+        preset = ImageClassification(crop_size=1) if self.weights is None else self.weights.transforms()
         if not isinstance(preset, ImageClassification):
             raise SettingsError(
                 f"setup_config.json: transforms: expected weights of an image classifier, got {self.weights}"
             )
-        if self.settings.input_shape is None:
-            return preset
-        height, width = self.settings.input_shape[1:]
-        ratio = preset.resize_size[0] / preset.crop_size[0]
-        preset.crop_size, preset.resize_size = [height, width], [round(max(height, width) * ratio)]
+        settings = self.settings
+        crop = settings.crop if settings.input_shape is None else tuple(settings.input_shape[1:])
+        if crop is not None:
+            height, width = both(crop)
+            ratio = preset.resize_size[0] / preset.crop_size[0]
+            preset.crop_size, preset.resize_size = [height, width], [round(max(height, width) * ratio)]
+        if settings.resize is not None:
+            preset.resize_size = [settings.resize] if isinstance(settings.resize, int) else list(settings.resize)
+        self._check_sizes(preset)
+        preset.mean = list(settings.mean or preset.mean)
+        preset.std = list(settings.std or preset.std)
+        if settings.interpolation:
+            preset.interpolation = InterpolationMode(settings.interpolation)
         return preset
+
+    def _check_sizes(self, preset: Any) -> None:
+        """Refuse a crop that would be padded with black: nobody wants that without knowing.
+
+        Raises:
+            SettingsError: Names both.
+        """
+        if self.settings.resize is None:
+            return
+        crop = both(tuple(preset.crop_size))
+        least = tuple(preset.resize_size) if len(preset.resize_size) == 2 else tuple(preset.resize_size) * 2
+        if any(side > room for side, room in zip(crop, least, strict=True)):
+            raise SettingsError(
+                f"setup_config.json: resize: expected at least the crop, {list(crop)}, got {self.settings.resize}"
+            )
 
     @property
     def short_side(self) -> int:  # type: ignore[override]
-        """Side that the transform resizes to."""
-        return int(self.preset.resize_size[0])
+        """Side that the transform resizes to, the longer one of two."""
+        return int(max(self.preset.resize_size))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -74,6 +113,8 @@ class TorchvisionTask(ImageTask):
 
     def default_labels(self) -> dict[int, str] | None:
         """The categories of the weights, where the members have as many classes."""
+        if self.weights is None:
+            return None
         categories = self.weights.meta["categories"]
         classes = self.settings.num_classes
         return dict(enumerate(categories)) if classes in (None, len(categories)) else None
