@@ -18,6 +18,8 @@ from PIL import Image
 from archiver.__main__ import main as archive
 from scripts.private_torchserve import TorchServe
 from tests.server.grpc_client import predict_grpc, stream_grpc
+from vmap_ensemble.client import Client, Refused
+from vmap_ensemble.client.grpc import GrpcClient
 from vmap_ensemble.models.mnist import MnistNet
 
 NAMES = ("red", "green", "blue")
@@ -212,6 +214,24 @@ def test_the_description_tells_what_is_served(server: TorchServe) -> None:
     assert told["architecture"] == "mnist"
     assert told["equivalence"]["largest_difference"] < 1e-5
     assert told["labels"] == [str(number) for number in range(10)]
+
+
+def test_the_clients_of_the_package(server: TorchServe) -> None:
+    files = [digit(seed) for seed in range(12)]
+    with (
+        Client(server.inference_url, MODEL, trust_env=False) as http,
+        GrpcClient(server.grpc_address, MODEL) as grpc,
+    ):
+        answers = http.predict_batch([*files, b"not an image"], concurrency=8)
+        for file, answer in zip(files, answers[:-1], strict=True):
+            own = server.predict(content=file).json()
+            assert answer.label == own["prediction"]["label"] == grpc.predict(file).label
+            assert answer.probability == pytest.approx(own["prediction"]["probability"], abs=1e-5)
+        assert (type(answers[-1]), answers[-1].status) == (Refused, 415)
+        with pytest.raises(Refused, match="415"):
+            grpc.predict(b"not an image")
+        assert grpc.predict(files[0], subset=["green"]).body["ensemble"]["subset"] == ["green"]
+        assert [one.label for one in http.predict(files[:2])] == [answer.label for answer in answers[:2]]
 
 
 def test_metrics_reach_prometheus_under_their_own_labels(server: TorchServe) -> None:

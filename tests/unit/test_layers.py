@@ -28,6 +28,7 @@ ROOMS = (
         "architecture",
         "mnist_net",
         "frontends",
+        "client",
         "offline",
         "serving",
         "ensemble",
@@ -44,6 +45,8 @@ ALONE = {
     "ts": ("vmap_ensemble.frontends.torchserve",),
     "ray": ("vmap_ensemble.frontends.ray_serve",),
     "transformers": ("vmap_ensemble.encoders", "vmap_ensemble.models.transformers", "vmap_ensemble.tasks.text"),
+    "httpx": ("vmap_ensemble.client",),
+    "grpc": ("vmap_ensemble.client",),
     "captum": ("vmap_ensemble.tasks.text.explanations",),
     "pydantic": ("vmap_ensemble.archive", "vmap_ensemble.tasks.images.settings", "vmap_ensemble.tasks.text.settings"),
 }
