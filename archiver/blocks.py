@@ -81,6 +81,7 @@ def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]
         raise ArchiveError(f"{path.name}: expected JSON ({error})") from None
     if not isinstance(blocks, dict):
         raise ArchiveError(f"{path.name}: expected an object, archive name -> block")
+    blocks.pop("$schema", None)  # for editors
     if is_flat(blocks):
         block = read_flat(blocks, path.absolute().parent, path.name)
         return {name or str(blocks.get("name", DEFAULT_NAME)): block}

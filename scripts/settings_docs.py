@@ -43,6 +43,9 @@ A block of `setup_config.json` says what one archive serves. `./archive.sh` read
 | `version` | the archive's version, `1.0` by default |
 | `allow_nan` | pack members although weights are NaN or infinite |
 | `samples` | input files, or folders: int8 is calibrated on them; fp16, bf16 and int8 are judged on them |
+| `pretrained` | a directory with config.json and tokenizer, where the members don't bring them |
+| `library_path` | the FasterTransformer library of traced members; built by default |
+| `checkpoint_weights` | which weights to take of checkpoints that hold several, such as `ema` |
 | `max_changed_predictions` | share of the samples whose prediction may differ from float32's, `0.01` by default |
 
 All other keys go into the archive, where the handler checks them: an unknown one is refused with the nearest

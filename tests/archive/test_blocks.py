@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,9 @@ def test_files_that_are_no_blocks(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ArchiveError, match=r"setup_config.json: (expected|block 'a': expected)"):
         read_blocks(path)
+
+
+def test_the_schema_that_editors_read_is_no_block(tmp_path):
+    path = tmp_path / "setup_config.json"
+    path.write_text(json.dumps({"$schema": "docs/setup_config.schema.json", "ens": BLOCK}))
+    assert read_blocks(path) == {"ens": BLOCK}
