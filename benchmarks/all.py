@@ -127,7 +127,9 @@ def keep(fresh: Path, target: Path, job: Job) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the jobs, then the report; the largest exit code of a job."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description="Measure every table here.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m benchmarks.all", description="Measure every table here."
+    )
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], help="these files only")
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     options = parser.parse_args(arguments)

@@ -207,7 +207,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.batching_rules", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False,
+        prog="python -m benchmarks.batching_rules",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--num_models", type=int, default=4, help="members")

@@ -249,7 +249,9 @@ def _rows(timings: list[Timing], differences: dict[str, float]) -> list[dict[str
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bert_vmap", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False,
+        prog="python -m benchmarks.bert_vmap",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model_path", type=Path, default=None, help="folder of save_pretrained; MiniLM by default")

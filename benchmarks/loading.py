@@ -190,7 +190,9 @@ def _measure_starts(title: str, archive: Path, cache: Path, runs: int) -> dict[s
 
 def main() -> int:
     """Print and write the figures; exit 1 when the peak exceeds the bound."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--architecture", default="resnet18", help="torchvision's name of it (default: %(default)s)")
     parser.add_argument("--members", type=int, default=8, help="number of members (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="batchSize of the worker (default: %(default)s)")

@@ -183,7 +183,9 @@ def show(rows: list[list[str]], markdown: bool) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m benchmarks.precision", description=__doc__.split("\n")[0]
+    )
     add = parser.add_argument
     add("--model", choices=IMAGE_NETWORKS, default="mnist")
     add("--members", type=Path, nargs="+", help="MNIST checkpoints, or folders of them; else random weights")

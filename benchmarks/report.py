@@ -147,7 +147,9 @@ def table_to_html(table: Table) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write plots, page and README; with --check only compare, 1 where the README is out of date."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw what the results say.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m benchmarks.report", description="Draw what the results say."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README differs")
     options = parser.parse_args(arguments)
     results = read_results(FOLDER)

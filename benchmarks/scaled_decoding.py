@@ -35,7 +35,9 @@ PIXELS = 200_000_000
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaled_decoding", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False,
+        prog="python -m benchmarks.scaled_decoding",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("photos", type=Path, nargs="*", default=[IMAGE_PATH], help="image files")

@@ -166,7 +166,9 @@ def print_scale(table: dict[str, Any]) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False,
+        prog="python -m benchmarks.scaling",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model", nargs="+", choices=sorted(NETWORKS), default=["mnist", "resnet18", "minilm"], help="networks")

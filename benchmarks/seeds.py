@@ -56,7 +56,7 @@ def print_table(cells: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 where numbers differ from the loop's."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.seeds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False, prog="python -m benchmarks.seeds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="which")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")

@@ -140,7 +140,9 @@ def ensure_library(library: Path = LIBRARY, sanitize: bool = False) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Build from the command line; 1 if it can't be done."""
-    parser = argparse.ArgumentParser(description="Build libpyt_fastertransformer.so for the installed torch.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Build libpyt_fastertransformer.so for the installed torch."
+    )
     parser.add_argument("--output", type=Path, default=LIBRARY, help="file to write (default: in build/)")
     parser.add_argument("--force", action="store_true", help="build even if the file is current")
     parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")

@@ -217,7 +217,9 @@ def parse_bool(text: str) -> bool:
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Read the recipe's options."""
-    parser = argparse.ArgumentParser(description="Trace a BERT checkpoint for libpyt_fastertransformer.so.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Trace a BERT checkpoint for libpyt_fastertransformer.so."
+    )
     parser.add_argument("--mode", required=True, choices=sorted(HEADS))
     parser.add_argument("--model_name_or_path", required=True, help="a Hugging Face directory or name")
     parser.add_argument("--tokenizer_name", help="its tokenizer is saved beside --output (default: none is)")

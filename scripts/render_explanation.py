@@ -73,7 +73,9 @@ def _css(colour: tuple[int, int, int], strength: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 1 refused, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.render_explanation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m scripts.render_explanation", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("answer", type=Path, help="JSON file that /explanations/ answered; - reads standard input")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a .html or .png file")
     options = parser.parse_args(arguments)

@@ -307,7 +307,7 @@ def show_status(service: Service) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line of serve.sh."""
-    parser = argparse.ArgumentParser(prog="./serve.sh", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="./serve.sh", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", default="mnist_ens", help="archive of setup_config.json (%(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stop", action="store_true", help="stop the TorchServe that ./serve.sh started, no other")

@@ -284,6 +284,7 @@ def train_members(weights: Path, texts: Path, seeds: range, kind: str, output_di
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m training.bert",
         description="Fine-tune members of a text ensemble from MiniLM's weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

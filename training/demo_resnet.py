@@ -74,7 +74,9 @@ def make_members(count: int, seed: int, pretrained: bool = True) -> dict[str, di
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and writes one file per member."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo_resnet", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m training.demo_resnet", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--num-models", type=int, default=3, help="members (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first member (%(default)s)")
     parser.add_argument("--random", action="store_true", help="random weights, without asking the network")

@@ -90,7 +90,9 @@ def print_table(scores: list[Score], found: Disagreement) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m training.evaluate", description=__doc__.split("\n")[0]
+    )
     add = parser.add_argument
     add("--members", type=Path, nargs="+", default=[MEMBER_DIR], help="checkpoints, or folders of them")
     add("--data-dir", type=Path, help="folder with MNIST's files, or the word sample; as in training.mnist")

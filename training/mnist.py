@@ -173,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     defaults = TrainingSettings()
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m training.mnist",
         description="Train MNIST members that differ in their seed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -192,7 +192,9 @@ def make_sample(source: Path, target: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.mnist_data", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m training.mnist_data", description=__doc__.split("\n")[0]
+    )
     parser.add_argument(
         "--make-sample", nargs=2, type=Path, metavar=("FULL_SET", "TARGET"), required=True,
         help="cut the sample out of the full set in the first folder and write it below the second",

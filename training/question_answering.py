@@ -216,6 +216,7 @@ def train_members(weights: Path, train: Path, held_out: Path, seeds: range, outp
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m training.question_answering",
         description="Fine-tune members that answer questions from MiniLM's weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

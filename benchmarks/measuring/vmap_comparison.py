@@ -55,6 +55,7 @@ class Subject:
 def build_parser(subject: Subject, prog: str) -> argparse.ArgumentParser:
     """Describe the command line that both comparisons share."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=prog,
         description=f"Time {subject.title} members one after another against one vmapped ensemble.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

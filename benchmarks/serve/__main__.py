@@ -39,7 +39,7 @@ DEFAULT_RIVALS = ("separate", "ours", "loop", "workflow")
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serve", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False, prog="python -m benchmarks.serve", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--members", type=int, nargs="+", default=[4], help="sizes of the ensemble")

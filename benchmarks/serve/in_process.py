@@ -49,7 +49,9 @@ TOLERANCE = 1e-4  # absolute, of a probability
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serve.in_process", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False,
+        prog="python -m benchmarks.serve.in_process",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--handler", default="mnist", choices=sorted(SUBJECTS), help="what is served")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def test_quick_commands_import_nothing_slow(module: str, arguments: list[str], c
 def test_options_are_not_abbreviated(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(arguments)
+
+
+def test_no_command_takes_abbreviations() -> None:
+    wrong = []
+    for folder in ("handlers", "archiver", "training", "benchmarks", "scripts", "fastertransformer", "quality"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "ArgumentParser":
+                    given = {word.arg: getattr(word.value, "value", None) for word in call.keywords}
+                    wrong += [path.name] * (given.get("allow_abbrev") is not False)
+    assert not wrong
 
 
 # --- the command line is enough --------------------------------------------------------------------------------

@@ -224,6 +224,7 @@ def positive(text: str) -> float:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with 2 when it makes no sense."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="vmap-ensemble health",
         description="Ask a server for one real prediction. A server's /ping says healthy without any worker.",
         epilog=f"exit codes: 0 answered with status 200, 1 not, 2 wrong usage. A key is read from ${KEY_VARIABLE}"
