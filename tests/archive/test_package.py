@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,9 @@ def test_no_folder_of_code_is_forgotten_in_pyproject():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: setuptools leaves build/ beside what it builds, and takes up what an earlier run left."""
-    folder = tmp_path_factory.mktemp("wheel")
-    copy = folder / "copy"
+def copy(tmp_path_factory) -> Path:
+    """What is built from: setuptools leaves build/ beside what it builds, and takes up what an earlier run left."""
+    copy = tmp_path_factory.mktemp("copy") / "copy"
     copy.mkdir()
     for name in PARTS:
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "members")
@@ -69,6 +69,12 @@ def wheel(tmp_path_factory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(copy, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(copy)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
@@ -91,6 +97,24 @@ def test_the_wheel_holds_all_code_of_its_packages_and_nothing_else(wheel):
     assert any(name.startswith("fastertransformer/csrc/") and name.endswith(".cpp") for name in code)
     assert any(name.startswith(info) and name.endswith("LICENSE-MNIST.md") for name in names)
     assert b"vmap-ensemble = archiver.command:main" in kept[f"{info}entry_points.txt"]
+
+
+def test_the_source_distribution_builds_the_same_wheel(copy, wheel, tmp_path):
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = tmp_path.glob("vmap_ensemble-*.tar.gz")
+    with tarfile.open(made) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= {path.name for path in root.iterdir()}
+    with zipfile.ZipFile(wheel) as archive:
+        code = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    folders = {**{name: path.relative_to(ROOT) for name, path in FOLDERS.items()}, "": Path("handlers")}
+    for name, content in code.items():
+        package, _, rest = name.partition("/")
+        path = root / folders[package] / rest if rest else root / "handlers" / name
+        assert path.read_bytes() == content, name
 
 
 @dataclass

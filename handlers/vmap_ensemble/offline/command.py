@@ -85,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from vmap_ensemble.offline.output import Output
 
-    lines = options.output if options.output.suffix == ".jsonl" else options.output.with_suffix(".jsonl")
+    lines = options.output
+    if lines.suffix != ".jsonl":  # a table is made of the lines at the end
+        lines = lines.with_name(f"{lines.name}.jsonl")
     _check_parquet(options)
     ensembles = _load(options)
     rows = _open_rows(options, ensembles[0])

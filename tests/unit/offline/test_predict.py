@@ -166,7 +166,7 @@ def test_parquet(archive: Path, photos: Path, expected: list[dict], tmp_path: Pa
     assert rows[2]["label"] == expected[1]["prediction"]["label"]
     told = json.loads(summary.read_text())
     assert (told["rows"], told["errors"], sum(told["disagreement"])) == (3, {"415": 1}, 2)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet", "out.parquet", "s.json"]
 
 
 def test_texts_with_several_columns_and_lengths(tmp_path: Path) -> None:
