@@ -211,11 +211,22 @@ def read_logs(launch: Launch) -> str:
     return "\n".join(parts)
 
 
-def explain_failure(launch: Launch, lines: int = 12) -> str:
-    """The last lines of the logs that say why a worker did not start: its own error first."""
+def explain_failure(launch: Launch, lines: int = 12, patience_s: float = 5.0) -> str:
+    """The last lines of the logs that say why a worker did not start: its own error first.
+
+    Args:
+        launch: what was started.
+        lines: how many are shown where none is an error.
+        patience_s: how long to wait for an error: a worker first logs that it died, and then why, line by line.
+    """
     prefix = re.compile(r"^\S+ \[\w+ *\] \S+ \S+ - ")
-    text = [prefix.sub("", line).rstrip() for line in read_logs(launch).splitlines()]
-    errors = [line for line in text if re.match(r"(\w+\.)*\w*(Error|Exception)\b.*: ", line)]
+    deadline = time.monotonic() + patience_s
+    while True:
+        text = [prefix.sub("", line).rstrip() for line in read_logs(launch).splitlines()]
+        errors = [line for line in text if re.match(r"(\w+\.)*\w*(Error|Exception)\b.*: ", line)]
+        if errors or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     last_errors = list(dict.fromkeys(reversed(errors)))[:3]
     return "\n".join(last_errors or [line for line in text if line.strip()][-lines:])
 
