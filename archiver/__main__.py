@@ -73,12 +73,15 @@ def _build(requests: Sequence[ArchiveRequest], options: argparse.Namespace) -> i
 
 
 def _check(options: argparse.Namespace) -> int:
+    mar, *rest = map(Path, options.check)
+    for path in (mar, *rest):
+        if not path.is_file():
+            raise ArchiveError(f"{path}: no such file")
     from rich.console import Console
 
-    from archiver.check import check_archive
+    from archiver.check import check_archive  # here: it imports torch
 
-    mar, *rest = options.check
-    check_archive(Path(mar), Path(rest[0]) if rest else None, Console(), options.debug)
+    check_archive(mar, rest[0] if rest else None, Console(), options.debug)
     return 0
 
 

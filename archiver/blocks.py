@@ -178,8 +178,13 @@ def check_files(request: ArchiveRequest) -> None:
             raise ArchiveError(f"'{request.name}': {path.name}: no such file")
     members = request.members.values() if isinstance(request.members, dict) else request.members
     for spec in members:
-        if ":" not in spec and not glob.has_magic(spec) and not (request.folder / spec).exists():
+        if ":" in spec or (request.folder / spec).exists():
+            continue
+        if not glob.has_magic(spec):
             raise ArchiveError(f"member '{spec}': no such file or folder")
+        if not glob.glob(str(request.folder / spec), recursive=True):
+            folder = request.folder
+            raise ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
 
 
 def _model_file(name: str, model_file: str | None, given: Mapping[str, Any], folder: Path) -> tuple[Path | None, str]:

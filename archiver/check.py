@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from archiver.worker_config import describe_worker, read_worker_config
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 
@@ -44,6 +45,7 @@ def check_archive(path: Path, request: Path | None, console: Console, debug: boo
         start = time.perf_counter()
         count = _unpack(path, folder)
         _print_phase(console, "unpack", time.perf_counter() - start, f"{count} files")
+        _print_phase(console, "serving", 0.0, _describe_worker(folder))
 
         def tell(row: dict[str, Any]) -> None:
             _print_phase(console, row["phase"], row["seconds"], row["detail"])
@@ -64,6 +66,16 @@ def _unpack(path: Path, folder: Path) -> int:
     if "MAR-INF/MANIFEST.json" not in names:
         raise ArchiveError(f"{path.name}: unpack: no MAR-INF/MANIFEST.json; no archive of TorchServe's")
     return len(names)
+
+
+def _describe_worker(folder: Path) -> str:
+    """How requests are batched: of an archive without a file of its own by TorchServe's defaults."""
+    try:
+        manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text(encoding="utf-8"))
+        name = manifest["model"].get("configFile")
+    except (ValueError, KeyError, AttributeError):
+        return ""  # the next phase says what is wrong with it
+    return describe_worker(read_worker_config(folder / name, name) if name else {})
 
 
 def load_stage(name: str, stage: Path, debug: Console | None = None) -> str:

@@ -44,7 +44,9 @@ def show_traced(console: Console, name: str, traced: TracedMembers) -> None:
     _show_sources(console, name, traced)
     size = show_bytes(traced.library.stat().st_size)
     console.print(f"library: {traced.library_name}, {size}", markup=False, highlight=False)
-    console.print("traced members are not loaded here: the handler checks them at load, ./archive.sh --check now")
+    console.print(
+        "traced members are code: it runs when the archive is loaded once, at the end; --no-check runs none"
+    )
 
 
 def _show_sources(console: Console, name: str, survey: Survey | TracedMembers) -> None:

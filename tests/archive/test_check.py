@@ -37,6 +37,7 @@ def test_a_good_archive_is_answered_phase_by_phase(project: Project, capsys) -> 
     lines = capsys.readouterr().out.splitlines()
     seen = [line.split()[0] for line in lines]
     assert [phase for phase in seen if phase in PHASES] == list(PHASES)
+    assert "batches of up to 16 after at most 5 ms, workers: 1" in lines[seen.index("serving")]
     assert "m0, m1" in lines[seen.index("members")]
     assert "prediction" in lines[seen.index("request")]
 

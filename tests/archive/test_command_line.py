@@ -41,6 +41,8 @@ QUICK = [
     ("archiver", ["--list"], 0),
     ("archiver", ["--nonsense"], 2),
     ("archiver", ["x", "--handler", "mnist_handler.py", "--members", "nosuch.pt"], 1),
+    ("archiver", ["x", "--handler", "mnist_handler.py", "--members", "nosuch/*.pt"], 1),
+    ("archiver", ["--check", "nosuch.mar"], 1),
     ("archiver", ["nosuch"], 1),
     ("archiver.command", ["--help"], 0),
     ("archiver.command", ["archive", "--help"], 0),
