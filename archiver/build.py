@@ -172,10 +172,8 @@ def _with_preprocessing(
     """With how the members say that images are prepared; a key of the block wins, and `transforms` over all."""
     if "interpolation" not in known_keys(handler.settings_class) or request.settings.get("transforms"):
         return request
-    told = claimed_preprocessing(survey.sources, survey.preprocessing)
-    if "input_shape" in request.settings:
-        told.pop("crop", None)
-    added = {key: value for key, value in told.items() if key not in request.settings}
+    decided = {"crop" if key == "input_shape" else key for key in request.settings}
+    added = claimed_preprocessing(survey.sources, survey.preprocessing, decided)
     if added:
         text = ", ".join(f"{key} {value}" for key, value in added.items())
         show_note(console, f"images are prepared as the members say: {text}")

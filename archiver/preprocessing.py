@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,26 @@ FILES = {"preprocessing.json": None, "preprocessor_config.json": "image_mean", "
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
-def claimed_preprocessing(sources: Sequence[Source], said: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+def claimed_preprocessing(
+    sources: Sequence[Source], said: Sequence[Mapping[str, Any] | None], decided: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings that members' files speak of; empty where none does.
 
     Args:
         sources: The members.
         said: Per member the entry `preprocessing` of its checkpoint.
+        decided: Settings that the block gives: what members say of them doesn't matter.
 
     Raises:
         ArchiveError: Two members say different things, or one says what can't be had.
     """
     found: dict[str, dict[str, Any]] = {}
+    if set(KEYS) <= set(decided):
+        return {}
     for source, entry in zip(sources, said, strict=True):
         told = read_form(entry, f"member '{source.name}': preprocessing") if entry else _beside(source)
         if told:
-            found[source.name] = told
+            found[source.name] = {key: value for key, value in told.items() if key not in decided}
     if not found:
         return {}
     (first, expected), *others = found.items()
@@ -81,19 +86,34 @@ def read_form(values: Any, where: str) -> dict[str, Any]:
         if not isinstance(values, Mapping):
             raise ValueError(f"expected an object, got {type(values).__name__}")
         if isinstance(values.get("pretrained_cfg"), Mapping):
-            return _of_timm(values["pretrained_cfg"])
-        if "image_mean" in values:
-            return _of_transformers(values)
-        return _of_ours(values)
+            told = _of_timm(values["pretrained_cfg"])
+        elif "image_mean" in values:
+            told = _of_transformers(values)
+        else:
+            told = _of_ours(values)
+        _check(told)
+        return told
     except (KeyError, TypeError, ValueError) as error:
-        told = f"no key {error}" if isinstance(error, KeyError) else first_line(error)
-        raise ArchiveError(f"{where}: {told}") from None
+        reason = f"no key {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ArchiveError(f"{where}: {reason}") from None
+
+
+def _check(told: Mapping[str, Any]) -> None:
+    for key in ("mean", "std"):
+        values = told.get(key)
+        if values is not None and (not isinstance(values, list) or len(values) != 3):
+            raise ValueError(f"{key}: expected red, green and blue, got {values}")
+    interpolation = told.get("interpolation", "bilinear")
+    if interpolation not in FILTERS.values():
+        raise ValueError(f"interpolation: expected one of {', '.join(FILTERS.values())}, got {interpolation!r}")
 
 
 def _of_ours(values: Mapping[str, Any]) -> dict[str, Any]:
     """Our own names, or those of torchvision's presets."""
     names = {"resize_size": "resize", "crop_size": "crop"}
     own = {names.get(key, key): value for key, value in values.items()}
+    if own.pop("antialias", True) is False:
+        raise ValueError("antialias false can't be had")
     unknown = sorted(set(own) - set(KEYS))
     if unknown:
         raise ValueError(f"unknown key '{unknown[0]}'; expected {', '.join(KEYS)}")
@@ -101,18 +121,23 @@ def _of_ours(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """timm cuts `crop_pct` of what it resizes to, out of the middle."""
+    """timm cuts `crop_pct` of what it resizes to, out of the middle; its own defaults stand for what isn't said.
+
+    Source: timm/data/config.py, timm/data/constants.py.
+    """
     if values.get("crop_mode", "center") != "center":
         raise ValueError(f"crop_mode '{values['crop_mode']}' can't be had; expected 'center'")
     height, width = (int(side) for side in values["input_size"][1:])
-    share = float(values.get("crop_pct") or 1.0)
-    sides = [math.floor(side / share) for side in (height, width)]
+    if height != width:
+        raise ValueError(
+            f"input_size {height}x{width}: timm resizes to other sides than can be had; expected a square"
+        )
     return {
-        "resize": sides[0] if height == width else sides,
+        "resize": math.floor(height / float(values.get("crop_pct") or 0.875)),
         "crop": [height, width],
         "mean": _plain(values["mean"]),
         "std": _plain(values["std"]),
-        "interpolation": str(values.get("interpolation", "bilinear")),
+        "interpolation": str(values.get("interpolation") or "bicubic"),
     }
 
 

@@ -99,7 +99,7 @@ def test_the_wheel_holds_all_code_of_its_packages_and_nothing_else(wheel):
     assert b"vmap-ensemble = archiver.command:main" in kept[f"{info}entry_points.txt"]
 
 
-def test_the_source_distribution_builds_the_same_wheel(copy, wheel, tmp_path):
+def test_the_source_distribution_holds_what_the_wheel_does(copy, wheel, tmp_path):
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

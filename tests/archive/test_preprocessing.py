@@ -51,6 +51,10 @@ def test_known_forms() -> None:
         "std": [0.229, 0.224, 0.225],
         "interpolation": "bicubic",
     }
+    rest = {key: TIMM["pretrained_cfg"][key] for key in ("input_size", "mean", "std")}
+    assert read_form({"pretrained_cfg": rest}, "x")["resize"] == 256  # timm's own defaults: 0.875, bicubic
+    assert read_form({"pretrained_cfg": rest}, "x")["interpolation"] == "bicubic"
+    assert read_form({**OURS, "antialias": True}, "x") == OURS
     assert read_form(VIT, "x") == {
         "resize": [224, 224],
         "crop": [224, 224],
@@ -83,6 +87,10 @@ def test_known_forms() -> None:
         ({**VIT, "size": {"shortest_edge": 224}}, "without do_center_crop"),
         ({"pretrained_cfg": {"mean": [0.5] * 3}}, "no key 'input_size'"),
         ({"pretrained_cfg": {**TIMM["pretrained_cfg"], "crop_mode": "squash"}}, "crop_mode 'squash' can't be had"),
+        ({"pretrained_cfg": {**TIMM["pretrained_cfg"], "input_size": [3, 256, 128]}}, "input_size 256x128"),
+        ({"pretrained_cfg": {**TIMM["pretrained_cfg"], "interpolation": "random"}}, "interpolation: expected one of"),
+        ({"pretrained_cfg": {**TIMM["pretrained_cfg"], "mean": [0.5]}}, "mean: expected red, green and blue"),
+        ({**OURS, "antialias": False}, "antialias false can't be had"),
     ],
 )
 def test_what_can_not_be_had_is_one_line(values: Any, message: str) -> None:
@@ -123,6 +131,8 @@ def test_a_file_beside_a_member_is_read(photos: Project, capsys: pytest.CaptureF
     write(photos.folder / "runs/1", "preprocessing.json", {**OURS, "crop": [32, 32]})
     assert photos.run("tiny", "--force") == 1
     assert "member '1-best': its preprocessing is not that of '0-best': crop" in capsys.readouterr().err
+    assert photos.run("tiny", "--force", "--set", "crop=48") == 0  # that key is decided, and the others agree
+    assert (settings_of(photos)["crop"], settings_of(photos)["resize"]) == (48, 70)
     (photos.folder / "runs/1/preprocessing.json").unlink()
     assert photos.run("tiny", "--force", "--set", "mean=[0.1,0.2,0.3]") == 0
     assert settings_of(photos)["mean"] == [0.1, 0.2, 0.3]

@@ -54,7 +54,8 @@ class VisionSettings(Settings):
         return self
 
 
-Triple = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Triple = Annotated[tuple[Finite, ...], Field(min_length=3, max_length=3)]
 Sides = PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]
 
 
