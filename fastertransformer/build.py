@@ -27,7 +27,9 @@ from vmap_ensemble.execution.cpu import kernel_library
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 LIBRARY = Path(__file__).resolve().parent.parent / "build" / "libpyt_fastertransformer.so"
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
+# PyTorch's own headers want C++20 from 2.13 on.
+STANDARD = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else "c++17"
+FLAGS = [f"-std={STANDARD}", "-O3", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
 KERNELS = {"default": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512vl", "-mfma"]}
 
 
