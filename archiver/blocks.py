@@ -136,8 +136,11 @@ def make_request(
         **(set or {}),
     }
     given = {key: block.pop(key) for key in ARCHIVER_KEYS if key in block}
+    paths = {"labels": labels, "model_config": model_config, "model_file": model_file, "pretrained": pretrained}
+    # From here on a path of the command line is as one of the block: absolute, it starts at no folder.
+    given |= {key: str(Path(value).absolute()) for key, value in paths.items() if value}
     handler_path = _find_handler(name, handler, block.get("handler"), folder)
-    model_path, class_name = _model_file(name, model_file, given, folder)
+    model_path, class_name = _model_file(name, given, folder)
     if model_path is not None and (class_name or architecture is None):
         named = f"{model_path.name}:{class_name}" if class_name else model_path.name
         block = {**block, "architecture": named} if model_file else {"architecture": named, **block}
@@ -151,13 +154,13 @@ def make_request(
         handler=handler_path,
         members=members if members is not None else _check_members(name, given.get("members", [])),
         settings={**block, "name": name, "handler": handler_path.name},
-        labels=Path(labels).absolute() if labels else _path(name, given, "labels", folder),
-        model_config=Path(model_config).absolute() if model_config else _path(name, given, "model_config", folder),
+        labels=_path(name, given, "labels", folder),
+        model_config=_path(name, given, "model_config", folder),
         model_file=model_path,
         extra_files=tuple(folder / item for item in extra),
         version=_version(name, version or given.get("version", "1.0")),
         allow_nan=allow_nan or _flag(name, "allow_nan", given.get("allow_nan", False)),
-        pretrained=Path(pretrained).absolute() if pretrained else _path(name, given, "pretrained", folder),
+        pretrained=_path(name, given, "pretrained", folder),
         library_path=_path(name, given, "library_path", folder),
         samples=_sample_paths(name, given.get("samples"), folder, samples),
         max_changed_predictions=_share(name, given.get("max_changed_predictions", MAX_CHANGED_PREDICTIONS)),
@@ -178,25 +181,25 @@ def check_files(request: ArchiveRequest) -> None:
             raise ArchiveError(f"'{request.name}': {path.name}: no such file")
     members = request.members.values() if isinstance(request.members, dict) else request.members
     for spec in members:
-        if ":" in spec or (request.folder / spec).exists():
-            continue
-        if not glob.has_magic(spec):
-            raise ArchiveError(f"member '{spec}': no such file or folder")
-        if not glob.glob(str(request.folder / spec), recursive=True):
-            folder = request.folder
-            raise ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
+        path = request.folder / spec
+        if ":" not in spec and not path.exists() and not glob.glob(str(path), recursive=True):
+            raise nothing_there(spec, request.folder)
 
 
-def _model_file(name: str, model_file: str | None, given: Mapping[str, Any], folder: Path) -> tuple[Path | None, str]:
+def nothing_there(spec: str, folder: Path) -> ArchiveError:
+    """What members are refused with that stand for no file."""
+    if glob.has_magic(spec):
+        return ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
+    return ArchiveError(f"member '{spec}': no such file or folder")
+
+
+def _model_file(name: str, given: Mapping[str, Any], folder: Path) -> tuple[Path | None, str]:
     """The file, and the class in it that `model.py:Class` names."""
-    value = model_file if model_file is not None else given.get("model_file")
-    if value is None:
+    path = _path(name, given, "model_file", folder)
+    if path is None:
         return None, ""
-    if not isinstance(value, str):
-        raise ArchiveError(f"'{name}': model_file: expected a path, got {value!r}")
-    file, _, class_name = value.partition(".py:")
-    path = Path(f"{file}.py" if class_name else value)
-    return path.absolute() if model_file is not None else (folder / path).absolute(), class_name
+    file, colon, class_name = str(path).rpartition(".py:")
+    return (Path(f"{file}.py"), class_name) if colon else (path, "")
 
 
 def _hint(name: str, blocks: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from archiver.pack import DESCRIPTION
 from archiver.worker_config import describe_worker, read_worker_config
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
@@ -63,15 +64,15 @@ def _unpack(path: Path, folder: Path) -> int:
             names = archive.namelist()
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise ArchiveError(f"{path.name}: unpack: not a whole archive ({error})") from None
-    if "MAR-INF/MANIFEST.json" not in names:
-        raise ArchiveError(f"{path.name}: unpack: no MAR-INF/MANIFEST.json; no archive of TorchServe's")
+    if DESCRIPTION not in names:
+        raise ArchiveError(f"{path.name}: unpack: no {DESCRIPTION}; no archive of TorchServe's")
     return len(names)
 
 
 def _describe_worker(folder: Path) -> str:
     """How requests are batched: of an archive without a file of its own by TorchServe's defaults."""
     try:
-        manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         name = manifest["model"].get("configFile")
     except (ValueError, KeyError, AttributeError):
         return ""  # the next phase says what is wrong with it

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from archiver.source import Source
+from archiver.survey import fit_members
 from vmap_ensemble.archive.checkpoints import read_checkpoint
-from vmap_ensemble.archive.key_forms import fit_member
-from vmap_ensemble.core.states import State, fit_to_architecture, renamed
+from vmap_ensemble.core.states import State
 from vmap_ensemble.errors import EnsembleError
-from vmap_ensemble.models.architecture import TORCHVISION, build_architecture, current_key
+from vmap_ensemble.models.architecture import TORCHVISION, build_architecture
 
 # Entries of a state dict that no optimiser sees, so that torchvision doesn't count them.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -62,13 +62,7 @@ def _of_its_size(state: State) -> Iterator[tuple[str, int]]:
 
 def _fits(label: str, state: State, architecture: str, classes: int) -> bool:
     try:
-        model = build_architecture(architecture, classes)
-
-        def fit(form: State) -> State:
-            own = renamed(form, lambda key: current_key(architecture, key))
-            return fit_to_architecture(label, own, model)
-
-        fit_member(label, state, set(model.state_dict()), fit)
+        fit_members({label: state}, build_architecture(architecture, classes), architecture)
     except EnsembleError:
         return False
     return True

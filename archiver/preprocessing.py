@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from archiver.source import Source
 from vmap_ensemble.errors import ArchiveError, first_line
+from vmap_ensemble.tasks.images.settings import PREPARATION as KEYS
 
-KEYS = ("resize", "crop", "mean", "std", "interpolation")
 # The file's name -> what its contents must hold to be of that form.
 FILES = {"preprocessing.json": None, "preprocessor_config.json": "image_mean", "config.json": "pretrained_cfg"}
 # Pillow's numbers of its filters, which transformers writes.
@@ -181,7 +180,5 @@ def _crop(values: Mapping[str, Any], default: list[int]) -> list[int]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and lists as JSON has them, whether they were tuples or tensors' items."""
-    if isinstance(value, list | tuple | Path):
-        return [_plain(item) for item in value] if not isinstance(value, Path) else str(value)
-    return value.value if hasattr(value, "value") else value
+    """Tuples, which JSON doesn't have, as lists."""
+    return list(value) if isinstance(value, tuple) else value

@@ -17,10 +17,12 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
 from archiver.adapters import merge_adapter
+from archiver.blocks import nothing_there
 from archiver.pretrained import find_directory, find_weights, is_lone_adapter
 from archiver.source import Source
 from vmap_ensemble.archive.checkpoints import SUFFIXES, checkpoint_stem, looks_like_checkpoint
 from vmap_ensemble.errors import ArchiveError, NetworkError
+from vmap_ensemble.process.order import natural
 
 TORCHVISION = "torchvision:"
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -177,9 +179,9 @@ def _expand(spec: str, folder: Path) -> list[_Found]:
     if glob.has_magic(spec):
         found = _found(Path(match) for match in glob.glob(str(path), recursive=True))
         if not found:
-            raise ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
+            raise nothing_there(spec, folder)
         return found
-    raise ArchiveError(f"member '{spec}': no such file or folder")
+    raise nothing_there(spec, folder)
 
 
 def _expand_folder(spec: str, path: Path) -> list[_Found]:
@@ -219,18 +221,12 @@ def _is_foreign_checkpoint(path: Path) -> bool:
 def _found(paths: Iterable[Path]) -> list[_Found]:
     """Files and Hugging Face directories among the paths, in natural order; other folders are left out."""
     found = []
-    for path in sorted(paths, key=_natural):
+    for path in sorted(paths, key=natural):
         if path.is_file():
             found.append(_Found(path, path, _shown(path)))
         elif (folder := find_directory(path)) is not None and (weights := find_weights(folder)) is not None:
             found.append(_Found(weights, path, _shown(path), folder))
     return found
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """seed2 before seed10."""
-    parts = re.split(r"(\d+)", str(path))
-    return [(1, int(part), "") if part.isdecimal() and part.isascii() else (0, 0, part) for part in parts]
 
 
 def fetch_torchvision(weights: str) -> Path:

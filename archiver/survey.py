@@ -120,7 +120,7 @@ def survey_members(
         check_construction(architecture, num_classes, folder)
         num_classes = num_classes or _count_classes(labels[0], states[0], architecture)
         model = build_architecture(architecture, num_classes, folder)
-        states, left_out = _fit(dict(zip(labels, states, strict=True)), model, architecture)
+        states, left_out = fit_members(dict(zip(labels, states, strict=True)), model, architecture)
     compare_members({label: spec_of(state) for label, state in zip(labels, states, strict=True)})
     for label, state in zip(labels, states, strict=True):
         if not allow_nan:
@@ -163,7 +163,7 @@ def _current(state: State, architecture: str) -> State:
     return renamed(state, lambda key: current_key(architecture, key))
 
 
-def _fit(states: dict[str, State], model: nn.Module, architecture: str) -> tuple[list[State], list[str]]:
+def fit_members(states: dict[str, State], model: nn.Module, architecture: str) -> tuple[list[State], list[str]]:
     """The members with the keys of the architecture, and what any of them has beyond those."""
     known = set(model.state_dict())
     is_encoder, embedding = architecture.startswith(TRANSFORMERS), architecture == f"{TRANSFORMERS}embedding"

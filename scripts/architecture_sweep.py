@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from archiver import HANDLERS
 from archiver.blocks import make_request
 from archiver.build import build_archive
+from vmap_ensemble.core.proof import TOLERANCE as PROVED
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import EnsembleError, first_line
 from vmap_ensemble.execution.build import build_execution
@@ -28,8 +29,8 @@ from vmap_ensemble.execution.register import ExecutionOptions
 
 MEMBERS = 2
 CLASSES = 3
-# Largest difference to the plain models' logits, relative to the largest of them; `core/proof.py` allows as much.
-TOLERANCE = 1e-4
+# Largest difference to the plain models' logits, relative to the largest of them.
+TOLERANCE = PROVED[torch.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,9 @@ def fill_row(row: Row, ensemble: Ensemble, inputs: list[Any], own: Tensor) -> Ro
         raise WrongAnswer(f"{row.name}: differs from the plain models by {difference:.1e}")
     args = ensemble.task.collate(ensemble.task.sample_examples(2))
     can = {mode: _can(ensemble, mode, args) for mode in ("eager", "prepared")}
+    padding = "one by one" if ensemble.alone else ""
     return dataclasses.replace(
-        row, vmap=can["eager"], prepared=can["prepared"], padding=_padding(ensemble), difference=difference
+        row, vmap=can["eager"], prepared=can["prepared"], padding=padding, difference=difference
     )
 
 
@@ -116,16 +118,6 @@ def _can(ensemble: Ensemble, mode: str, args: tuple[Any, ...]) -> bool:
     except EnsembleError:
         return False
     return True
-
-
-def _padding(ensemble: Ensemble) -> str:
-    if ensemble.alone:
-        return "one by one"
-    from vmap_ensemble.encoders.forward import EncoderForward, PackedEncoderForward
-
-    if isinstance(ensemble.forward, PackedEncoderForward):
-        return "removed"
-    return "to the longest text" if isinstance(ensemble.forward, EncoderForward) else ""
 
 
 def _leaves(outputs: Any) -> list[Tensor]:
@@ -322,6 +314,8 @@ def try_text(kind: str, work: Path) -> Row:
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from vmap_ensemble.encoders.forward import PackedEncoderForward
+
     row = Row(kind, text_families()[kind])
     try:
         config = small_config(kind)
@@ -341,4 +335,7 @@ def try_text(kind: str, work: Path) -> Row:
         ensemble = serve({"handler": str(HANDLERS / "bert_handler.py")}, work / "members", work)
     except EnsembleError as error:
         return dataclasses.replace(row, refused=first_line(error))
-    return fill_row(row, ensemble, TEXTS, own)
+    row = fill_row(row, ensemble, TEXTS, own)
+    is_packed = isinstance(ensemble.forward, PackedEncoderForward)
+    padding = row.padding or ("removed" if is_packed else "to the longest text")
+    return dataclasses.replace(row, padding=padding)

@@ -6,16 +6,17 @@ python -m scripts.architectures_docs --check    exits 1 when the page is out of 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.generated import DOCS, write_or_check
+
 if TYPE_CHECKING:
     from scripts.architecture_sweep import Row
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+PAGE = DOCS / "architectures.md"
 HEAD = """# Architectures
 
 Written by `python -m scripts.architectures_docs`; don't edit it by hand. It archives two small random members of
@@ -116,19 +117,7 @@ def sweep() -> tuple[list[Row], list[Row]]:
 
 def main() -> int:
     """Write the page, or check it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 when the page is out of date")
-    check = parser.parse_args().check
-    page = render(*sweep())
-    if not check:
-        PAGE.write_text(page, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"docs/{PAGE.name} is out of date: run python -m scripts.architectures_docs", file=sys.stderr)
-    return 1
+    return write_or_check({PAGE.name: lambda: render(*sweep())}, "python -m scripts.architectures_docs", __doc__)
 
 
 if __name__ == "__main__":

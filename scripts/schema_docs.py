@@ -9,13 +9,12 @@ python -m scripts.schema_docs --check    exits 1 when one is out of date
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from scripts.generated import DOCS, write_or_check
+
 ANSWERS = DOCS / "answer.schema.json"
 # What ./archive.sh reads itself: archiver/blocks.py; key -> schema.
 _PATH, _FLAG = {"type": "string"}, {"type": "boolean"}
@@ -150,23 +149,15 @@ def _operation(identifier: str, summary: str, answer: dict[str, Any], *more: str
 PAGES = {"setup_config.schema.json": setup_config_schema, "openapi.json": openapi}
 
 
+def to_text(page: dict[str, Any]) -> str:
+    """A file of JSON."""
+    return json.dumps(page, indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> int:
     """Write or check both files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args().check
-    late = []
-    for name, make in PAGES.items():
-        text = json.dumps(make(), indent=1, ensure_ascii=False) + "\n"
-        if not check:
-            (DOCS / name).write_text(text, encoding="utf-8")
-        elif not (DOCS / name).is_file() or (DOCS / name).read_text(encoding="utf-8") != text:
-            late.append(name)
-    if late:
-        print(f"docs/{late[0]} is out of date; run python -m scripts.schema_docs", file=sys.stderr)
-    return 1 if late else 0
+    texts = {name: lambda make=make: to_text(make()) for name, make in PAGES.items()}
+    return write_or_check(texts, "python -m scripts.schema_docs", __doc__)
 
 
 if __name__ == "__main__":

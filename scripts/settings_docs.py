@@ -6,19 +6,16 @@ python -m scripts.settings_docs --check    exits 1 when the page is out of date
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from scripts.generated import write_or_check
 from vmap_ensemble.archive.settings import WORKER_KEYS, Settings, known_keys
 from vmap_ensemble.tasks.images.settings import TorchvisionSettings, VisionSettings
 from vmap_ensemble.tasks.text.settings import TextSettings, TracedSettings
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 # Heading on the generated page of settings -> class.
 DOCUMENTED: dict[str, type[Settings]] = {
     "Every handler": Settings,
@@ -94,18 +91,7 @@ def render() -> str:
 
 def main() -> int:
     """Write or check the page."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="only compare")
-    page = render()
-    if parser.parse_args().check:
-        if PAGE.read_text(encoding="utf-8") != page:
-            print("docs/settings.md is out of date; run python -m scripts.settings_docs", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(page, encoding="utf-8")
-    return 0
+    return write_or_check({"settings.md": render}, "python -m scripts.settings_docs", __doc__)
 
 
 if __name__ == "__main__":

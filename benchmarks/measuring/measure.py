@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vmap_ensemble.process.device import cpu_name
+
 # Threads of the rival before (OpenMP's, ONNX Runtime's) spin for some 7 ms after its last call, on cores that the
 # next one needs.
 SETTLE_S = 0.01
@@ -45,7 +47,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Say what a figure was measured on: processor, cores, threads, accelerator and versions."""
     machine: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _name_cpu(),
+        "cpu": cpu_name(),
         "cores": _count_cores(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -75,15 +77,6 @@ def describe_versions(*packages: str) -> dict[str, str]:
 def _count_cores() -> int:
     # Those that this process may use: a container often sees fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _name_cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def synchronise(device: torch.device) -> None:

@@ -201,11 +201,21 @@ def open_item(item: Any) -> Any:
     if not isinstance(item, Path):
         return item
     try:
-        data = item.read_bytes()
-        return json.loads(data) if item.suffix == ".json" else data
-    except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise UnreadableItem(f"{item.name}: {told}") from None
+        return read_file(item, item.read_bytes())
+    except OSError as error:
+        raise UnreadableItem(f"{item.name}: {error.strerror}") from None
+
+
+def read_file(path: Path, data: bytes) -> Any:
+    """The bytes of a file as the item that they are: JSON as what it says, any other as it is.
+
+    Raises:
+        UnreadableItem: It is called JSON and isn't.
+    """
+    try:
+        return json.loads(data) if path.suffix.lower() == ".json" else data
+    except (ValueError, RecursionError) as error:
+        raise UnreadableItem(f"{path.name}: {first_line(error)}") from None
 
 
 def _attempt(function: Callable[[Any], Any], value: Any) -> Any:

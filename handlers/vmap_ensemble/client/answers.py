@@ -64,10 +64,7 @@ def body_of(item: Item | Sequence[Item]) -> tuple[bytes, str]:
         item = item.read_bytes()
     if isinstance(item, bytes):
         return item, "application/octet-stream"
-    if isinstance(item, str | Mapping):
-        value: Any = {"text": item} if isinstance(item, str) else item
-    else:
-        value = [_in_json(part) for part in item]
+    value = _in_json(item) if isinstance(item, str | Mapping) else [_in_json(part) for part in item]
     return json.dumps(value).encode(), "application/json"
 
 

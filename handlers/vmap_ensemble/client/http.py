@@ -19,21 +19,39 @@ FIRST_PAUSE_S = 0.1
 HEADERS = {"detail": "X-Ensemble-Detail", "subset": "X-Ensemble-Subset", "top_k": "X-Ensemble-Top-K"}
 
 
-class _Requests:
-    """What both clients send, and which replies are worth another try."""
+class _Asking:
+    """What both clients are made of: what they send, and which replies are worth another try; see `Client`."""
 
-    def __init__(self, name: str, retries: int) -> None:
+    _kind: type[httpx.Client] | type[httpx.AsyncClient]
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        key: str | None = None,
+        timeout_s: float = 60.0,
+        retries: int = 3,
+        **options: Any,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http: Any = self._kind(base_url=url, headers=headers, timeout=timeout_s, **options)
         self.name, self.retries = name, retries
 
-    def request(
-        self, asks: str, item: Item | Sequence[Item], detail: bool, subset: Sequence[str] | None, top_k: int | None
+    def _request(
+        self,
+        asks: str,
+        item: Item | Sequence[Item],
+        detail: bool = False,
+        subset: Sequence[str] | None = None,
+        top_k: int | None = None,
     ) -> dict[str, Any]:
         """Keywords of httpx's `post`."""
         content, kind = body_of(item)
         options = {HEADERS[key]: value for key, value in options_of(detail, subset, top_k).items()}
         return {"url": f"/{asks}/{self.name}", "content": content, "headers": {"Content-Type": kind, **options}}
 
-    def pauses(self) -> Iterator[float | None]:
+    def _pauses(self) -> Iterator[float | None]:
         """Seconds to wait before each next try; None behind the last."""
         pause = FIRST_PAUSE_S
         for _ in range(self.retries):
@@ -42,14 +60,14 @@ class _Requests:
         yield None
 
     @staticmethod
-    def is_worth_another(reply: httpx.Response | httpx.TransportError) -> bool:
+    def _is_worth_another(reply: httpx.Response | httpx.TransportError) -> bool:
         """A full queue, a worker that starts again, a lost connection: not a refusal, nor a time that is up."""
         if isinstance(reply, httpx.Response):
             return reply.status_code == HTTPStatus.SERVICE_UNAVAILABLE
         return isinstance(reply, httpx.NetworkError | httpx.RemoteProtocolError)
 
     @staticmethod
-    def finish(reply: httpx.Response | httpx.TransportError) -> Any:
+    def _finish(reply: httpx.Response | httpx.TransportError) -> Any:
         """The answer's JSON.
 
         Raises:
@@ -60,7 +78,7 @@ class _Requests:
         raise Refused(0, f"{type(reply).__name__}: {reply or 'no answer'}") from reply
 
 
-class Client:
+class Client(_Asking):
     """Asks one model of a server.
 
     Args:
@@ -80,19 +98,7 @@ class Client:
         >>> answer.label, answer.probability, answer.mutual_information
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        *,
-        key: str | None = None,
-        timeout_s: float = 60.0,
-        retries: int = 3,
-        **options: Any,
-    ) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, **options)
-        self._requests = _Requests(name, retries)
+    _kind = httpx.Client
 
     def __enter__(self) -> Client:
         return self
@@ -123,11 +129,11 @@ class Client:
         Returns:
             A Prediction, or a list of them for a list.
         """
-        return predictions_of(self._ask(self._requests.request("predictions", item, detail, subset, top_k)))
+        return predictions_of(self._ask(self._request("predictions", item, detail, subset, top_k)))
 
     def explain(self, item: Item, *, subset: Sequence[str] | None = None) -> dict[str, Any]:
         """What each part of an item adds to the answer to it: the server's JSON."""
-        found: dict[str, Any] = self._ask(self._requests.request("explanations", item, False, subset, None))
+        found: dict[str, Any] = self._ask(self._request("explanations", item, subset=subset))
         return found
 
     def predict_batch(
@@ -155,34 +161,22 @@ class Client:
             return list(pool.map(ask, items))
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        for pause in self._requests.pauses():
+        for pause in self._pauses():
             reply: httpx.Response | httpx.TransportError
             try:
                 reply = self._http.post(**request)
             except httpx.TransportError as error:
                 reply = error
-            if pause is None or not self._requests.is_worth_another(reply):
+            if pause is None or not self._is_worth_another(reply):
                 break
             time.sleep(pause)
-        return self._requests.finish(reply)
+        return self._finish(reply)
 
 
-class AsyncClient:
+class AsyncClient(_Asking):
     """As `Client`, for code that awaits; the arguments are the same."""
 
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        *,
-        key: str | None = None,
-        timeout_s: float = 60.0,
-        retries: int = 3,
-        **options: Any,
-    ) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout_s, **options)
-        self._requests = _Requests(name, retries)
+    _kind = httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -203,11 +197,11 @@ class AsyncClient:
         top_k: int | None = None,
     ) -> Any:
         """As `Client.predict`."""
-        return predictions_of(await self._ask(self._requests.request("predictions", item, detail, subset, top_k)))
+        return predictions_of(await self._ask(self._request("predictions", item, detail, subset, top_k)))
 
     async def explain(self, item: Item, *, subset: Sequence[str] | None = None) -> dict[str, Any]:
         """As `Client.explain`."""
-        found: dict[str, Any] = await self._ask(self._requests.request("explanations", item, False, subset, None))
+        found: dict[str, Any] = await self._ask(self._request("explanations", item, subset=subset))
         return found
 
     async def predict_batch(
@@ -227,13 +221,13 @@ class AsyncClient:
         return list(await asyncio.gather(*map(ask, items)))
 
     async def _ask(self, request: dict[str, Any]) -> Any:
-        for pause in self._requests.pauses():
+        for pause in self._pauses():
             reply: httpx.Response | httpx.TransportError
             try:
                 reply = await self._http.post(**request)
             except httpx.TransportError as error:
                 reply = error
-            if pause is None or not self._requests.is_worth_another(reply):
+            if pause is None or not self._is_worth_another(reply):
                 break
             await asyncio.sleep(pause)
-        return self._requests.finish(reply)
+        return self._finish(reply)

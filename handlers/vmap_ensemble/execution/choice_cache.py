@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vmap_ensemble.process.device import cpu_name
+
 logger = logging.getLogger(__name__)
 
 # A choice measured while the machine was busy is measured once more; a machine that always is must not pay
@@ -134,10 +136,5 @@ class ChoiceCache:
 
 
 def _cpu_capability() -> str:
-    """The kind of processor: its instructions, and its name where Linux tells one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return " ".join(["cpu", torch.backends.cpu.get_cpu_capability(), *names[:1]])
+    """The kind of processor: its instructions, and its name."""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} {cpu_name()}"

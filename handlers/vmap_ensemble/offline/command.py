@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vmap_ensemble.process.threads import cores_at_hand
 
 if TYPE_CHECKING:
     from vmap_ensemble.ensemble import Ensemble
@@ -108,15 +109,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_parquet(options: argparse.Namespace) -> None:
     from vmap_ensemble.offline.output import OutputError
+    from vmap_ensemble.offline.tables import import_parquet
 
     if options.output.suffix != ".parquet":
         return
-    try:
-        import pyarrow.parquet  # noqa: F401  before minutes of other work
-    except ImportError:
-        raise OutputError(
-            f"{options.output.name}: Parquet needs pyarrow; pip install 'vmap-ensemble[offline]'"
-        ) from None
+    import_parquet(options.output.name)  # before minutes of other work
     if options.output.exists() and not options.force:
         raise OutputError(f"{options.output.name}: exists; --force replaces it")
 
@@ -125,7 +122,7 @@ def _load(options: argparse.Namespace) -> list[Ensemble]:
     from vmap_ensemble.ensemble import Ensemble
 
     devices = options.device or [None]
-    threads = options.threads or max(1, _cores() // len(devices))
+    threads = options.threads or max(1, cores_at_hand() // len(devices))
     made_for = (1, options.batch_size or 32)
     given = {"dtype": options.dtype, "execution": options.execution, "threads": threads, "batch_sizes": made_for}
     ensembles = [Ensemble.load(options.archive, device=device, **given) for device in devices]
@@ -188,11 +185,7 @@ def _answer(options: argparse.Namespace, ensembles: list[Ensemble], rows: Rows, 
 
 def _default_workers(ensemble: Ensemble) -> int:
     """Images are decoded by processes of their own; texts are quicker read than sent from one to another."""
-    return 0 if ensemble.task.reads_texts else min(4, _cores() - 1)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if ensemble.task.reads_texts else min(4, cores_at_hand() - 1)
 
 
 def _finish(options: argparse.Namespace, lines: Path, facts: dict[str, Any]) -> None:

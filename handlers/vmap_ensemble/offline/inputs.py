@@ -6,9 +6,7 @@ Nothing is read before its turn: a folder gives paths, a table its rows, a shard
 from __future__ import annotations
 
 import csv
-import io
 import json
-import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vmap_ensemble.errors import EnsembleError, UnreadableItem, first_line
-from vmap_ensemble.many import Row
+from vmap_ensemble.many import Row, read_file
+from vmap_ensemble.offline.tables import import_parquet
+from vmap_ensemble.process.order import natural
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TEXTS = (".txt", ".json")
@@ -65,22 +65,12 @@ def open_rows(path: Path, reads_texts: bool, keys: Sequence[str] = (), column: s
     if path.suffix in READERS:
         return READERS[path.suffix](path, _Columns(path, reads_texts, tuple(keys), column))
     if path.suffix in (IMAGES + TEXTS):
-        return Rows(lambda: iter([Row(path.name, _file_item(path))]), 1)
+        return Rows(lambda: iter([Row(path.name, path)]), 1)
     raise InputError(f"{path.name}: expected a folder or a file that ends in {', '.join(READERS)}")
 
 
-def _file_item(path: Path) -> Any:
-    """A text file as what it says, once it is read; any other as its path, which the task's readers open."""
-    if path.suffix != ".txt":
-        return path
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        return UnreadableItem(f"{path.name}: expected a text in UTF-8 ({first_line(error)})")
-
-
 def _folder(path: Path, suffixes: tuple[str, ...]) -> Rows:
-    files = sorted((file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)), key=_natural)
+    files = sorted((file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)), key=natural)
     shards = [file for file in files if file.suffix == ".tar"]
     own = [file for file in files if file.suffix.lower() in suffixes]
     if shards and own:
@@ -89,17 +79,11 @@ def _folder(path: Path, suffixes: tuple[str, ...]) -> Rows:
         raise InputError(f"{path.name}: holds no file that ends in {', '.join(suffixes)} or .tar")
     if shards:
         return Rows(lambda: (row for shard in shards for row in _read_shard(shard)), None)
-    return Rows(lambda: (Row(file.relative_to(path).as_posix(), _file_item(file)) for file in own), len(own))
+    return Rows(lambda: (Row(file.relative_to(path).as_posix(), file) for file in own), len(own))
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """2.png before 10.png."""
-    parts = re.split(r"(\d+)", path.as_posix())
-    return [(1, int(part), "") if part.isdecimal() and part.isascii() else (0, 0, part) for part in parts]
 
 
 # --- tables --------------------------------------------------------------------------------------------------
@@ -182,10 +166,7 @@ def _read_jsonl(path: Path, columns: _Columns) -> Rows:
 
 
 def _read_parquet(path: Path, columns: _Columns) -> Rows:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError(f"{path.name}: Parquet needs pyarrow; pip install 'vmap-ensemble[offline]'") from None
+    parquet = import_parquet(path.name)
     try:
         with parquet.ParquetFile(path) as file:
             chosen, count = columns.choose(file.schema_arrow.names), file.metadata.num_rows
@@ -226,17 +207,14 @@ def _read_shard(path: Path) -> Iterator[Row]:
             if entry.isfile() and suffix in IMAGES + TEXTS:
                 file = shard.extractfile(entry)
                 data = file.read() if file else b""
-                yield Row(f"{path.name}/{entry.name}", _shard_item(data, suffix))
+                yield Row(f"{path.name}/{entry.name}", _read_entry(entry.name, data))
 
 
-def _shard_item(data: bytes, suffix: str) -> Any:
-    if suffix not in TEXTS:
-        return data
+def _read_entry(name: str, data: bytes) -> Any:
     try:
-        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
-        return json.loads(text) if suffix == ".json" else text
-    except ValueError as error:
-        return UnreadableItem(f"expected {suffix[1:]} in UTF-8 ({first_line(error)})")
+        return read_file(Path(name), data)
+    except UnreadableItem as error:
+        return error
 
 
 def _read_tar(path: Path, _columns: _Columns) -> Rows:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import platform
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,7 @@ from vmap_ensemble.process.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
+CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,3 +52,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu" and not has_float16_kernels():
         logger.warning("this CPU has no float16 kernels: fp16 is far slower here than fp32; see docs/precision.md")
     return DTYPES[name]
+
+
+def cpu_name() -> str:
+    """What the processor is called: its model where Linux tells one, else its kind."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -54,6 +54,8 @@ class VisionSettings(Settings):
         return self
 
 
+# Settings that say all of how an image is prepared.
+PREPARATION = ("resize", "crop", "mean", "std", "interpolation")
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Triple = Annotated[tuple[Finite, ...], Field(min_length=3, max_length=3)]
 Sides = PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]

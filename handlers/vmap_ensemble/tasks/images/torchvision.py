@@ -15,11 +15,8 @@ from torchvision.transforms._presets import ImageClassification
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.models.architecture import torchvision_name
 from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser
-from vmap_ensemble.tasks.images.settings import TorchvisionSettings, both
+from vmap_ensemble.tasks.images.settings import PREPARATION, TorchvisionSettings, both
 from vmap_ensemble.tasks.images.task import ImageTask
-
-# Settings that say all of how an image is prepared.
-PREPARATION = ("resize", "crop", "mean", "std", "interpolation")
 
 
 class TorchvisionTask(ImageTask):
