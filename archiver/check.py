@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from archiver.pack import DESCRIPTION
 from archiver.worker_config import describe_worker, read_worker_config
+from vmap_ensemble.archive.identity import DESCRIPTION
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 

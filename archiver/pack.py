@@ -22,6 +22,7 @@ from archiver.blocks import ArchiveRequest
 from archiver.survey import Survey
 from archiver.traced import TracedMembers, copy_traced
 from archiver.worker_config import CONFIG_FILE, DEFAULT, config_name
+from vmap_ensemble.archive.identity import DESCRIPTION
 from vmap_ensemble.archive.labels import LABELS_FILE
 from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file, list_code
 from vmap_ensemble.archive.precision import PRECISION_FILE
@@ -39,7 +40,6 @@ RESERVED_NAMES = (
     *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
     *(COMPILED_FOLDER, CHOICES_FOLDER, "MAR-INF"),
 )
-DESCRIPTION = "MAR-INF/MANIFEST.json"
 
 Step = Callable[[str], None]
 

@@ -1,9 +1,10 @@
-"""Turns settings classes and the schema of answers into what editors and clients' generators read.
+"""Turns the models of settings and answers into what editors and clients' generators read.
 
 docs/setup_config.schema.json   a JSON Schema of setup_config.json: names, values and help while one types
+docs/answer.schema.json         a JSON Schema of every body that a server sends
 docs/openapi.json               the addresses, bodies, headers and answers of a server, OpenAPI 3.1
 
-python -m scripts.schema_docs            writes both
+python -m scripts.schema_docs            writes all
 python -m scripts.schema_docs --check    exits 1 when one is out of date
 """
 
@@ -13,9 +14,15 @@ import json
 import sys
 from typing import Any
 
-from scripts.generated import DOCS, write_or_check
+from pydantic import TypeAdapter
+from pydantic.json_schema import models_json_schema
 
-ANSWERS = DOCS / "answer.schema.json"
+from scripts.generated import write_or_check
+from vmap_ensemble.client import bodies
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+# What a body is, at its outermost.
+BODIES = (bodies.Answer, bodies.Error, bodies.KServeV1, bodies.KServeV2, bodies.Explanation)
 # What ./archive.sh reads itself: archiver/blocks.py; key -> schema.
 _PATH, _FLAG = {"type": "string"}, {"type": "boolean"}
 _PATHS = {"anyOf": [_PATH, {"type": "array", "items": _PATH}]}
@@ -54,8 +61,6 @@ STATUSES = {
 
 def setup_config_schema() -> dict[str, Any]:
     """The schema of setup_config.json: archive name -> block; which keys a block may have depends on its handler."""
-    from pydantic import TypeAdapter
-
     from scripts.settings_docs import DOCUMENTED
     from vmap_ensemble.archive.settings import WORKER_KEYS
 
@@ -68,7 +73,7 @@ def setup_config_schema() -> dict[str, Any]:
             if key not in WORKER_KEYS and key != "name":
                 properties.setdefault(key, value)
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": DRAFT,
         "title": "setup_config.json",
         "description": "Written by python -m scripts.schema_docs. Archive name -> what it is made of.",
         "type": "object",
@@ -82,17 +87,51 @@ def setup_config_schema() -> dict[str, Any]:
     }
 
 
+def answer_schema() -> dict[str, Any]:
+    """The schema of any JSON body that a server sends."""
+    return {
+        "$schema": DRAFT,
+        "title": "Answer of an ensemble",
+        "description": "Written by python -m scripts.schema_docs. Any JSON body that /predictions/ or /explanations/ "
+        "gives: answers, explanations, errors, KServe's envelopes.",
+        "anyOf": [*({"$ref": f"#/$defs/{kind.__name__}"} for kind in BODIES), _lists("#/$defs/")],
+        "$defs": _definitions("#/$defs/"),
+    }
+
+
+def _definitions(place: str) -> dict[str, Any]:
+    """The models' schemas, which refer to each other below `place`."""
+    _, schema = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=f"{place}{{model}}")
+    return _without_titles(schema["$defs"])
+
+
+def _without_titles(schema: Any) -> Any:
+    """A schema without the titles that repeat its keys, and without the null of a key that may be missing."""
+    if isinstance(schema, list):
+        return [_without_titles(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    dropped = {"title"} if isinstance(schema.get("title"), str) else set()
+    dropped |= {"default"} if schema.get("default", 0) is None else set()
+    return {key: _without_titles(part) for key, part in schema.items() if key not in dropped}
+
+
+def _lists(place: str) -> dict[str, Any]:
+    return {
+        "description": "To a JSON list of texts.",
+        "type": "array",
+        "items": {"$ref": f"{place}Answer"},
+        "minItems": 1,
+    }
+
+
 def openapi() -> dict[str, Any]:
-    """The interface of a server, whichever it is; answers are those of docs/answer.schema.json."""
+    """The interface of a server, whichever it is; its answers are those of `answer_schema`."""
     from vmap_ensemble.version import __version__
 
-    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
-    schemas = json.loads(json.dumps(answers["$defs"]).replace("#/$defs/", "#/components/schemas/"))
-    lists = {"type": "array", "items": {"$ref": "#/components/schemas/answer"}, "minItems": 1}
-    kinds: list[dict[str, Any]] = [
-        {"$ref": f"#/components/schemas/{name}"} for name in ("answer", "kserve_v1", "kserve_v2")
-    ]
-    answer = {"anyOf": [*kinds, lists]}
+    place = "#/components/schemas/"
+    kinds = (bodies.Answer, bodies.KServeV1, bodies.KServeV2)
+    answer = {"anyOf": [*({"$ref": f"{place}{kind.__name__}"} for kind in kinds), _lists(place)]}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -107,13 +146,14 @@ def openapi() -> dict[str, Any]:
             },
             "/explanations/{name}": {
                 "post": _operation(
-                    "explain",
-                    "What each word adds to the answer; of texts",
-                    {"$ref": "#/components/schemas/explanation"},
+                    "explain", "What each word adds to the answer; of texts", {"$ref": f"{place}Explanation"}
                 )
             },
         },
-        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": _definitions(place),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
         "security": [{}, {"key": []}],
     }
 
@@ -124,7 +164,7 @@ def _operation(identifier: str, summary: str, answer: dict[str, Any], *more: str
         {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
         for name, (text, schema) in HEADERS.items()
     ]
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/error"}}}
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "operationId": identifier,
         "summary": summary,
@@ -146,7 +186,11 @@ def _operation(identifier: str, summary: str, answer: dict[str, Any], *more: str
     }
 
 
-PAGES = {"setup_config.schema.json": setup_config_schema, "openapi.json": openapi}
+PAGES = {
+    "setup_config.schema.json": setup_config_schema,
+    "answer.schema.json": answer_schema,
+    "openapi.json": openapi,
+}
 
 
 def to_text(page: dict[str, Any]) -> str:
@@ -155,7 +199,7 @@ def to_text(page: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Write or check both files."""
+    """Write or check all files."""
     texts = {name: lambda make=make: to_text(make()) for name, make in PAGES.items()}
     return write_or_check(texts, "python -m scripts.schema_docs", __doc__)
 

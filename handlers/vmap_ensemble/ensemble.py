@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vmap_ensemble.archive.identity import identify
 from vmap_ensemble.archive.manifest import Manifest
 from vmap_ensemble.archive.precision import Precision, read_precision
 from vmap_ensemble.archive.settings import load_settings, override_settings, parse_settings, read_block
@@ -45,7 +46,7 @@ from vmap_ensemble.starting import (
     make_place,
     read_weights,
 )
-from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.answers import Answer, Options, sign
 from vmap_ensemble.tasks.register import find_task
 from vmap_ensemble.tasks.task import Place, Task
 from vmap_ensemble.version import __version__
@@ -72,6 +73,7 @@ class Ensemble:
         settings: The archive's settings.
         run: The forward as it is run: arguments (B, ...) -> outputs (M, B, ...); in chunks once memory runs out.
         proof: What the comparison with the members' own forwards showed.
+        identity: Version and hash of the archive; None for members in memory.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Ensemble:
         self.names = forward.members.names
         self.timed = timed or Phases()
         self.run: Callable[..., Any] = ChunkedRun(execution, len(self.names), forward.part)
+        self.identity = identify(task.place.folder) if task.place.folder else None
+        self._hashes = {member.name: member.sha256 for member in forward.members.members}
         self.member_weights = read_weights(self.settings, self.names).to(task.place.device)
         task.lay_out(execution.channels_last)
 
@@ -313,7 +317,14 @@ class Ensemble:
         answers = self.task.answers(outputs, self.weights_of(options), options, examples)
         if len(answers) != len(examples):
             raise ValueError(f"answers: expected one for each of {len(examples)} examples, got {len(answers)}")
+        for answer, option in zip(answers, options, strict=True):
+            if isinstance(answer, Answer):
+                self._sign(answer.body, option)
         return answers
+
+    def _sign(self, body: dict[str, Any], option: Options) -> None:
+        if option.detail or self.settings.identify_answers:
+            sign(body, self.identity, self._hashes if option.detail else {})
 
     @torch.inference_mode()
     def outputs(self, *batch: Any) -> Any:
@@ -364,7 +375,14 @@ class Ensemble:
                 examples.append(self.task.parse(open_item(item)))
             except ItemError as error:
                 raise numbered(error, number) from None
-        return self.task.explain(self, examples, [Options(**options)] * len(examples))
+        return self.explain_examples(examples, [Options(**options)] * len(examples))
+
+    def explain_examples(self, examples: Sequence[Any], options: Sequence[Options]) -> list[dict[str, Any]]:
+        """As `explain`, of examples that the task has parsed, with options for each."""
+        bodies = self.task.explain(self, examples, options)
+        for body, option in zip(bodies, options, strict=True):
+            self._sign(body, option)
+        return bodies
 
     def _seen(self, outputs: Any) -> Any:
         """The outputs; the first that there are tell the task what they are."""
@@ -444,6 +462,7 @@ class Ensemble:
         return {
             "ensemble": settings.name,
             "version": __version__,
+            "archive": dataclasses.asdict(self.identity) if self.identity else None,
             "architecture": self.task.architecture,
             "size": len(self.names),
             "dtype": settings.dtype,

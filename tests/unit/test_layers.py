@@ -48,7 +48,10 @@ ALONE = {
     "httpx": ("vmap_ensemble.client",),
     "grpc": ("vmap_ensemble.client",),
     "captum": ("vmap_ensemble.tasks.text.explanations",),
-    "pydantic": ("vmap_ensemble.archive", "vmap_ensemble.tasks.images.settings", "vmap_ensemble.tasks.text.settings"),
+    "pydantic": (
+        *("vmap_ensemble.archive", "vmap_ensemble.client.bodies"),
+        *("vmap_ensemble.tasks.images.settings", "vmap_ensemble.tasks.text.settings"),
+    ),
 }
 CORE_MAY_IMPORT = {"torch", "vmap_ensemble", "__future__", *sys.stdlib_module_names}
 

@@ -89,6 +89,9 @@ class Settings:
     response: Literal["full", "torchserve"] = Field(
         "full", description="`torchserve` answers {label: probability}, as TorchServe's classifiers do."
     )
+    identify_answers: bool = Field(
+        False, description="Every answer says which archive gave it: `archive`, with version and SHA-256."
+    )
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Floating point type of the members.")
     float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", description="torch.set_float32_matmul_precision; `high` admits TF32 on a GPU."

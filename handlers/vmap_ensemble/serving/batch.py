@@ -109,7 +109,7 @@ class _Batch:
             with _numbered(number, request):
                 examples.append(self.task.parse(item))
         self.task.check_examples(examples)
-        bodies = self.task.explain(self.ensemble, examples, request.options)
+        bodies = self.ensemble.explain_examples(examples, request.options)
         return wrap_answers(request, bodies, self.ensemble.settings.name)
 
     def _read(self, incoming: Incoming) -> Request:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.aggregate import ClassPrediction, OutputKind, combine_classes, kind_of_outputs
 from vmap_ensemble.errors import ItemError, LoadError, NoAnswer
-from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.answers import Answer, Options, significant
 
 
 class ClassAnswers:
@@ -77,7 +77,7 @@ class ClassAnswers:
                 body["ensemble"]["left_out"] = list(left_out)
         if options.detail:
             body["members"] = [self._member(rows, m, b) for m in used]
-        return Answer(body, rows.mutual_information[b], left_out)
+        return Answer(significant(body), rows.mutual_information[b], left_out)
 
     def _member(self, rows: _Rows, m: int, b: int) -> dict[str, Any]:
         index = rows.member_top[m][b]

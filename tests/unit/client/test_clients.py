@@ -21,11 +21,19 @@ httpx = pytest.importorskip("httpx")
 
 from vmap_ensemble.client import AsyncClient, Client, Prediction, Refused  # noqa: E402
 from vmap_ensemble.client import http as client_http  # noqa: E402
+from vmap_ensemble.client.bodies import ClassAnswer  # noqa: E402
 
+CAT = {"label": "cat", "index": 1, "probability": 0.75}
+ENTROPIES = {"predictive_entropy": 0.6, "expected_entropy": 0.5, "mutual_information": 0.1, "agreement": 1.0}
 BODY = {
-    "prediction": {"label": "cat", "index": 1, "probability": 0.75},
-    "uncertainty": {"mutual_information": 0.1},
+    "prediction": CAT,
+    "top_k": [CAT],
+    "uncertainty": ENTROPIES,
+    "ensemble": {"size": 1, "used": 1},
     "abstain": True,
+    "abstain_reasons": ["probability below 0.8"],
+    "members": [{"name": "m0", **CAT, "sha256": "0" * 64}],
+    "archive": {"version": "1.0", "sha256": "0" * 64},
 }
 
 
@@ -183,6 +191,13 @@ def test_answers_of_other_modes() -> None:
 def test_the_client_needs_no_torch() -> None:
     script = "import sys, vmap_ensemble.client; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_body_that_says_what_no_answer_says_is_refused() -> None:
+    assert ClassAnswer.model_validate(BODY).abstain_reasons == BODY["abstain_reasons"]
+    for change in ({"abstain": False}, {"abstain": 1}, {"more": 1}, {"uncertainty": {**ENTROPIES, "agreement": 1.1}}):
+        with pytest.raises(ValueError, match="ClassAnswer"):
+            ClassAnswer.model_validate({**BODY, **change})
 
 
 def test_the_blocks_of_the_page_run(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,14 +38,14 @@ def test_real_answers_follow_the_schema(count, make_mnist, ask, digit):
             }
         },
     ]
-    for (_, body), form in zip(ask(handler, rows), ("full", "error", "kserve_v1", "kserve_v2"), strict=True):
+    for (_, body), form in zip(ask(handler, rows), ("ClassAnswer", "Error", "KServeV1", "KServeV2"), strict=True):
         check(body, form)
 
 
 def test_torchserves_form(make_mnist, ask, digit):
     handler, _ = make_mnist(2, {"response": "torchserve", "top_k": 3})
     ((_, body),) = ask(handler, [{"data": digit()}])
-    check(body, "torchserve")
+    check(body, "PlainAnswer")
     assert len(body) == 3
     assert list(body.values()) == sorted(body.values(), reverse=True)
 
@@ -95,7 +95,7 @@ def test_sure_answers_follow_the_schema(members):
     answers = ClassAnswers(Settings(), [f"m{i}" for i in range(members)], None)
     logits = torch.tensor([[300.0, 0.0, -5.0]]).expand(members, 1, 3)
     (answer,) = answers(logits, torch.ones(members, 1), [Options(detail=True)])
-    check(answer.body, "full")
+    check(answer.body, "ClassAnswer")
     assert answer.body["prediction"]["probability"] == pytest.approx(1)
 
 
@@ -108,7 +108,7 @@ def test_one_logit_has_two_labels(shape):
     found = {row["label"]: (row["index"], row["probability"]) for row in answer.body["top_k"]}
     assert found == {"dog": (1, pytest.approx(dog)), "cat": (0, pytest.approx(1 - dog))}
     assert answer.body["uncertainty"]["mutual_information"] > 0.1
-    check(answer.body, "full")
+    check(answer.body, "ClassAnswer")
 
 
 def test_a_softmax_gets_no_other():

@@ -6,6 +6,7 @@ outputs into answers.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vmap_ensemble.core.aggregate import summands
 from vmap_ensemble.errors import ItemError, NoAnswer, NotOffered, TooLargeItem, UnfitItem
-from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.tasks.answers import Answer, Options, significant
 from vmap_ensemble.tasks.text.inputs import TextInput
 from vmap_ensemble.tasks.text.settings import TextSettings
 from vmap_ensemble.tasks.text.windows import TextExample, Window, window_of
@@ -83,10 +84,10 @@ class TextMode(ABC):
             examples: What `encode` returned.
         """
         answers = self.answer_batch(outputs, weights, options, examples)
-        for answer, example in zip(answers, examples, strict=True):
-            if example.truncated and isinstance(answer, Answer):
-                answer.body["truncated"] = True
-        return answers
+        return [
+            _finished(answer, example) if isinstance(answer, Answer) else answer
+            for answer, example in zip(answers, examples, strict=True)
+        ]
 
     @abstractmethod
     def answer_batch(
@@ -278,6 +279,12 @@ class TextMode(ABC):
         if left_out:
             body["left_out"] = list(left_out)
         return body, left_out
+
+
+def _finished(answer: Answer, example: TextExample) -> Answer:
+    """An answer whose numbers have the digits that mean something, and that says whether its text was cut off."""
+    cut = {"truncated": True} if example.truncated else {}
+    return dataclasses.replace(answer, body={**significant(answer.body), **cut})
 
 
 def pad_windows(windows: Sequence[Window], names: Sequence[str], pad: dict[str, int]) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from jsonschema import Draft202012Validator
 
 from tests.unit.tasks.text.test_encoder_task import BIO, CONFIGS, serve  # noqa: F401  (a fixture)
+from vmap_ensemble.client import bodies
 
 SCHEMA = json.loads(Path("docs/answer.schema.json").read_text(encoding="utf-8"))
 LONG = "sarah lives in new york . " * 30
@@ -28,20 +29,22 @@ ITEMS: dict[str, list[Any]] = {
 }
 # Form in the schema -> mode, changes of its configuration, settings.
 FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "full": ("sequence_classification", {"num_labels": 3}, {}),
-    "labels": ("sequence_classification", {"num_labels": 3, "problem_type": "multi_label_classification"}, {}),
-    "numbers": ("sequence_classification", {"num_labels": 1}, {}),
-    "torchserve": ("sequence_classification", {"num_labels": 3}, {"response": "torchserve"}),
-    "entities": ("token_classification", {"id2label": BIO, "label2id": {v: k for k, v in BIO.items()}}, {}),
-    "answers": ("question_answering", {}, {}),
-    "masks": ("fill_mask", {}, {}),
-    "embedding": ("embedding", {}, {}),
+    "ClassAnswer": ("sequence_classification", {"num_labels": 3}, {}),
+    "LabelsAnswer": ("sequence_classification", {"num_labels": 3, "problem_type": "multi_label_classification"}, {}),
+    "NumbersAnswer": ("sequence_classification", {"num_labels": 1}, {}),
+    "PlainAnswer": ("sequence_classification", {"num_labels": 3}, {"response": "torchserve"}),
+    "EntitiesAnswer": ("token_classification", {"id2label": BIO, "label2id": {v: k for k, v in BIO.items()}}, {}),
+    "QuestionAnswer": ("question_answering", {}, {}),
+    "MasksAnswer": ("fill_mask", {}, {}),
+    "EmbeddingAnswer": ("embedding", {}, {}),
 }
-WITH_LIMITS = ("full", "labels", "entities", "answers", "masks")
+WITH_LIMITS = ("ClassAnswer", "LabelsAnswer", "EntitiesAnswer", "QuestionAnswer", "MasksAnswer")
 
 
 def check(body: Any, form: str) -> None:
+    """By the published schema, and by the model that it is generated from."""
     Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": f"#/$defs/{form}"}]}).validate(body)
+    getattr(bodies, form).model_validate(body)
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -66,17 +69,17 @@ def test_answers_of_every_mode(form: str, limited: bool, serve: Any, ask: Any) -
             {"body": {"nonsense": 1}},
         ],
     )
-    for (status, body), envelope in zip(replies, (None, "kserve_v1", "kserve_v2", "error"), strict=True):
+    for (status, body), envelope in zip(replies, (None, "KServeV1", "KServeV2", "Error"), strict=True):
         Draft202012Validator(SCHEMA).validate(body)
-        if envelope and (status == 200 or envelope == "error"):
+        if envelope and (status == 200 or envelope == "Error"):
             check(body, envelope)
 
 
-@pytest.mark.parametrize("form", ["full", "labels", "numbers", "entities", "answers", "masks"])
+@pytest.mark.parametrize("form", [*WITH_LIMITS, "NumbersAnswer"])
 def test_explanations_follow_the_schema(form: str, serve: Any, ask: Any) -> None:  # noqa: F811
     mode, config, settings = FORMS[form]
     handler, _, _ = serve(mode, CONFIGS["bert"](**config), **settings)
     item = {**ITEMS[mode][0], "detail": "members"}
     ((status, body),) = ask(handler, [{"body": item}], [{"explain": "True"}])
     assert status == 200, body
-    check(body, "explanation")
+    check(body, "Explanation")

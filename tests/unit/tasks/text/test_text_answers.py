@@ -22,11 +22,11 @@ from vmap_ensemble.tasks.text.token_classification import TokenClassification  #
 
 serve = bert.serve
 FORMS = {
-    "sequence_classification": "full",
-    "token_classification": "entities",
-    "question_answering": "answers",
-    "fill_mask": "masks",
-    "embedding": "embedding",
+    "sequence_classification": "ClassAnswer",
+    "token_classification": "EntitiesAnswer",
+    "question_answering": "QuestionAnswer",
+    "fill_mask": "MasksAnswer",
+    "embedding": "EmbeddingAnswer",
 }
 ABSTAIN = {"abstain_below_probability": 1.0}
 
@@ -39,14 +39,15 @@ def test_every_modes_answers_follow_the_schema(mode, serve, ask):
     (item,) = handler.mode.sample_items(1)
     item = item if isinstance(item, dict) else {"text": item}
     rows = [{"body": {**item, "detail": "members", "subset": "m0"}}, {"body": item}, {"body": {"instances": [item]}}]
-    for (status, body), form in zip(ask(handler, rows), (FORMS[mode], FORMS[mode], "kserve_v1"), strict=True):
+    for (status, body), form in zip(ask(handler, rows), (FORMS[mode], FORMS[mode], "KServeV1"), strict=True):
         assert status == 200
         check(body, form)
-        check(body, "answer" if form != "kserve_v1" else form)
+        check(body, "Answer" if form != "KServeV1" else form)
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [("multi_label_classification", "labels"), ("regression", "numbers"), (None, "full")]
+    ("kind", "form"),
+    [("multi_label_classification", "LabelsAnswer"), ("regression", "NumbersAnswer"), (None, "ClassAnswer")],
 )
 def test_every_kind_of_classification_follows_the_schema(kind, form, serve, ask):
     handler, _, _ = serve("sequence_classification", bert.CONFIGS["bert"](num_labels=3, problem_type=kind))
@@ -63,13 +64,13 @@ def test_sure_labels_are_numbers_within_their_range(members):
     mode = MultiLabel(TextSettings(), words_tokenizer(), LABELS, names)
     logits = torch.tensor([200.0, -200.0, 40.0]).expand(members, 1, 3)
     (answer,) = mode.answers({"logits": logits}, torch.ones(members, 1), [Options(detail=True)], [mode.encode("w1")])
-    check(answer.body, "labels")
+    check(answer.body, "LabelsAnswer")
     dump_json(answer.body)
     assert answer.body["uncertainty"]["predictive_entropy"] < 1e-5
     assert [row["index"] for row in answer.body["labels"]] == [0, 2]
     weights = torch.tensor([2.0, 4.0, 1.0] + [1.0] * members)[:members, None]
     (answer,) = mode.answers({"logits": logits}, weights, [Options()], [mode.encode("w1")])
-    check(answer.body, "labels")
+    check(answer.body, "LabelsAnswer")
 
 
 def test_large_numbers_of_a_regression_are_numbers():
@@ -155,7 +156,7 @@ def test_several_labels_abstain_by_the_least_sure():
     for limit, reasons in ((sure - 0.01, None), (sure + 0.01, [f"probability below {sure + 0.01}"])):
         body = one(mode_of(MultiLabel, words_tokenizer(), abstain_below_probability=limit), {"logits": logits})
         assert (body["abstain"], body.get("abstain_reasons")) == (bool(reasons), reasons)
-        check(body, "labels")
+        check(body, "LabelsAnswer")
 
 
 def test_entities_abstain_each_and_the_answer_with_them():
@@ -165,7 +166,7 @@ def test_entities_abstain_each_and_the_answer_with_them():
     body = one(mode, {"logits": logits}, "Ana Karel")
     assert [entity.get("abstain") for entity in body["entities"]] == [None, True]
     assert (body["abstain"], body["abstain_reasons"]) == (True, ["probability below 0.9"])
-    check(body, "entities")
+    check(body, "EntitiesAnswer")
     body = one(mode, {"logits": logits.roll(-1, -1)}, "Ana Karel")
     assert (body["entities"], body["abstain"]) == ([], False)
 
@@ -184,7 +185,7 @@ def test_answers_abstain_by_their_score():
         example = mode.encode(item)
         body = one(mode, question(example.windows[0], [(window_place(example, "Ana"), strength)] * 2), item)
         assert body["abstain"] is abstains
-        check(body, "answers")
+        check(body, "QuestionAnswer")
 
 
 def test_masks_abstain_by_the_least_sure(serve, ask):
@@ -192,7 +193,7 @@ def test_masks_abstain_by_the_least_sure(serve, ask):
         handler, _, _ = serve("fill_mask", bert.CONFIGS["bert"](), **settings)
         ((_, body),) = ask(handler, [{"body": b"a [MASK] is [MASK]"}])
         assert body["abstain"] is abstains
-        check(body, "masks")
+        check(body, "MasksAnswer")
 
 
 @pytest.mark.parametrize(
@@ -218,4 +219,4 @@ def test_torchserves_form_says_that_a_text_was_cut():
     mode = mode_of(SingleLabel, words_tokenizer(), response="torchserve", max_length=4)
     body = one(mode, {"logits": torch.zeros(2, 1, 3)}, "w1 w2 w3")
     assert json.loads(dump_json(body))["truncated"] is True
-    check(body, "torchserve")
+    check(body, "PlainAnswer")

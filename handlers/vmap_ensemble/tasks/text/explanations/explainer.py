@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vmap_ensemble.core.aggregate import share_weights
 from vmap_ensemble.encoders.forward import EncoderForward
-from vmap_ensemble.tasks.answers import Options
+from vmap_ensemble.tasks.answers import Options, significant
 from vmap_ensemble.tasks.text.explanations.attribution import (
     Attribution,
     EncodedText,
@@ -77,7 +77,7 @@ class Explainer:
             self._row(target, example, {m: row[m] for m in members if share[m] > 0}, share, options)
             for target, row in zip(targets, own, strict=True)
         ]
-        return {"explains": self.mode.explains, "explanations": rows, "ensemble": ensemble}
+        return significant({"explains": self.mode.explains, "explanations": rows, "ensemble": ensemble})
 
     def _encode(self, window: Window) -> EncodedText:
         """The text and its baseline, whose words are padding; marks that the tokenizer added, and masks, stay."""

@@ -1,0 +1,52 @@
+"""Turns an unpacked archive into what tells it from any other: its version and a hash of all that decides answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmap_ensemble.archive.manifest import CODE_SUFFIXES, MEMBERS_FOLDER, hash_file
+
+DESCRIPTION = "MAR-INF/MANIFEST.json"
+# Members and code stand in members.json, native code in compiled.json, with hashes that each load checks.
+_ELSEWHERE = (MEMBERS_FOLDER, "MAR-INF", "__pycache__")
+_LISTED_SUFFIXES = (*CODE_SUFFIXES, ".pt2")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which archive answers.
+
+    Attributes:
+        version: As it was built (`--version`).
+        sha256: Of its files' hashes: members, code, settings, labels, tokenizer.
+    """
+
+    version: str
+    sha256: str
+
+
+def identify(folder: Path) -> Identity:
+    """Read the version and hash the files of an unpacked archive; of members and code their listed hashes."""
+    digest = hashlib.sha256()
+    for path in sorted(_files(folder)):
+        digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
+    return Identity(_version(folder / DESCRIPTION), digest.hexdigest())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        elsewhere = any(part in _ELSEWHERE for part in path.relative_to(folder).parts)
+        if not elsewhere and path.suffix not in _LISTED_SUFFIXES and path.is_file():
+            yield path
+
+
+def _version(path: Path) -> str:
+    """What TorchServe calls the model's version; empty where nobody wrote any."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model"]["modelVersion"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
