@@ -23,5 +23,6 @@ if [ -z "$python" ]; then
     python="$root/.venv/bin/python"
 fi
 
-# Paths on the command line start where the caller is, so the working directory stays.
+# Paths on the command line start where the caller is, so the working directory stays; blocks and archives are here.
+export VMAP_ENSEMBLE_HOME="$root"
 PYTHONPATH="$root:$root/handlers${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m archiver "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import vmap_ensemble
@@ -10,5 +11,5 @@ import vmap_ensemble
 HANDLERS = Path(vmap_ensemble.__file__).resolve().parent.parent
 # Of the tools: a repository's root, or the folder that they are installed into.
 ROOT = Path(__file__).resolve().parent.parent
-# Where blocks and archives lie by default: in a repository its own, elsewhere where the caller is.
-HOME = ROOT if (ROOT / "setup_config.json").is_file() else Path.cwd()
+# Where blocks and archives lie by default: for a repository's ./archive.sh its own, else where the caller is.
+HOME = Path(os.environ.get("VMAP_ENSEMBLE_HOME") or Path.cwd())

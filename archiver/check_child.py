@@ -113,7 +113,10 @@ def ask(ensemble: Any, request_file: str) -> str:
     """Answer one request, as a server would: its status must be 200."""
     batch = importlib.import_module("vmap_ensemble.serving.batch")
     body = Path(request_file).read_bytes() if request_file else ensemble.task.sample_request()
-    (reply,) = batch.answer_batch(ensemble, [batch.Incoming({"body": body}, {})])
+    # Where a request must name members it names the first that has a weight.
+    heard = [name for name, (weight,) in zip(ensemble.names, ensemble.member_weights.tolist(), strict=True) if weight]
+    headers = {"X-Ensemble-Subset": heard[0]} if ensemble.settings.require_subset else {}
+    (reply,) = batch.answer_batch(ensemble, [batch.Incoming({"body": body}, headers)])
     if reply.status != 200:
         raise ValueError(f"the request got status {reply.status}: {reply.text}")
     return str(reply.text)

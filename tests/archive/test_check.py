@@ -48,6 +48,13 @@ def test_without_input_the_handler_makes_its_own(project: Project, capsys) -> No
     assert "prediction" in capsys.readouterr().out
 
 
+def test_where_a_subset_is_required_a_member_with_a_weight_is_asked(project: Project, capsys) -> None:
+    assert project.run("tiny", "--set", "require_subset=true", 'weights={"m0": 0, "m1": 1}') == 0
+    assert project.run("--check", str(project.mar)) == 0
+    (answer,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("request")]
+    assert "prediction" in answer
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -47,6 +47,7 @@ class Probe:
         kind: Its content type.
         key: Sent as `Authorization: Bearer`, if there is one.
         cacert: PEM file that a TLS server's certificate is checked against, instead of the machine's own list.
+        subset: Members that are asked, by name with commas between; None: as the archive does without.
     """
 
     url: str
@@ -54,6 +55,7 @@ class Probe:
     kind: str
     key: str | None = None
     cacert: str | None = None
+    subset: str | None = None
 
 
 class _StayHere(urllib.request.HTTPRedirectHandler):
@@ -98,7 +100,9 @@ def ask(probe: Probe, timeout_s: float) -> float:
 
 
 def _send(probe: Probe, timeout_s: float) -> float:
-    headers = {"Content-Type": probe.kind, **({"Authorization": f"Bearer {probe.key}"} if probe.key else {})}
+    headers = {"Content-Type": probe.kind}
+    headers |= {"Authorization": f"Bearer {probe.key}"} if probe.key else {}
+    headers |= {"X-Ensemble-Subset": probe.subset} if probe.subset else {}
     request = urllib.request.Request(probe.url, data=probe.body, headers=headers, method="POST")
     # No proxy: a probe asks the server itself.
     handlers: list[Any] = [urllib.request.ProxyHandler({}), _StayHere()]
@@ -197,7 +201,10 @@ def make_probe(options: argparse.Namespace) -> Probe:
     if options.cacert is not None:
         _read(options.cacert, "--cacert")
     body, kind = _body(options)
-    return Probe(options.url, body, kind, read_key(options.key_file), options.cacert)
+    subset = options.subset
+    if subset is not None and not (subset.strip() and subset.isascii() and subset.isprintable()):
+        raise UsageError(f"--subset: expected names of members as a header may have them, got {subset[:80]!r}")
+    return Probe(options.url, body, kind, read_key(options.key_file), options.cacert, subset)
 
 
 def _body(options: argparse.Namespace) -> tuple[bytes, str]:
@@ -236,6 +243,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     what.add_argument("--input", metavar="FILE", help="a small input to send: an image, a text, a .json")
     what.add_argument("--text", metavar="TEXT", help="a text to send")
     what.add_argument("--json", metavar="JSON", help="a JSON body to send")
+    add("--subset", metavar="NAMES", help="members that are asked, with commas; some archives want it")
     add("--timeout", type=positive, default=5.0, metavar="S", help="seconds for the whole answer (default: 5)")
     add("--key-file", metavar="FILE", help="TorchServe's key_file.json, or a file with the key alone")
     add("--cacert", metavar="FILE", help="PEM certificate to check the server's against")

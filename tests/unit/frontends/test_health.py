@@ -98,6 +98,13 @@ def test_texts_and_json_say_what_they_are(option, value, kind):
     assert served.seen[0]["headers"]["Content-Type"] == kind
 
 
+def test_where_an_archive_wants_one_a_member_is_named():
+    with serving(reply(200, b"{}")) as served:
+        assert main([served.url, "--text", "x", "--subset", "acme,hooli"]) == 0
+        assert main([served.url, "--text", "x"]) == 0
+    assert [request["headers"].get("X-Ensemble-Subset") for request in served.seen] == ["acme,hooli", None]
+
+
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
@@ -214,6 +221,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch):
         (["http://127.0.0.1/predictions/ens", "--input", "absent.png"], "--input absent.png: No such file"),
         (["http://127.0.0.1/predictions/ens", "--json", "{"], "--json: expected JSON"),
         (["http://127.0.0.1/predictions/ens", "--text", "x", "--key-file", "absent"], "--key-file absent: No such"),
+        (["http://127.0.0.1/predictions/ens", "--text", "x", "--subset", "a\nb"], "--subset: expected names"),
     ],
 )
 def test_wrong_usage_is_one_line_and_2(capsys, arguments, said):
