@@ -1,48 +1,67 @@
-"""benchmarks/results/*.json -> plots (docs/plots/), one HTML page (docs/benchmarks.html) and the README's tables.
+"""benchmarks/results/*.json -> plots (docs/plots/), pages (docs/benchmarks/) and the README's tables.
 
-    python -m benchmarks.report            # --check: say whether the README agrees with the results, write nothing
+    python -m benchmarks.report            # --check: say whether texts agree with the results, write nothing
 
-Everything that is shown comes from those files. The page holds its plots and refers to nothing outside itself.
+Everything that is shown comes from those files.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import re
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.results import FOLDER, ROOT, Result, Table, gpu_note, make_tables, read_results
+from benchmarks.reporting.names import AUTO, SERVED, name_network, name_rival, rivals_table
+from benchmarks.reporting.pages import PAGES, list_pages, write_pages
+from benchmarks.reporting.results import FOLDER, ROOT, Result, gpu_note, read_results
+from benchmarks.reporting.tables import Table, bold_ours
 
-README, PLOT_FOLDER, PAGE = ROOT / "README.md", ROOT / "docs" / "plots", ROOT / "docs" / "benchmarks.html"
-BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
-# What the README shows the plot of, if it is there; the page has all.
+README, INDEX = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+PLOT_FOLDER, PAGE_FOLDER = ROOT / "docs" / "plots", ROOT / "docs" / "benchmarks"
+# What the README shows the plot of, if it is there; the pages have all.
 README_PLOTS = ("serve", "forward-resnet18", "scaling")
 COMMAND = "python -m benchmarks.all"
 OTHERS = ("loop_compiled", "onnxruntime_per_member", "onnxruntime_one_graph", "openvino")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13px }
-td, th { border: 1px solid #ccc; padding: 3px 8px }
-th { background: #f2f4f6; text-align: left } img { max-width: 100% } code { background: #f2f4f6; padding: 1px 4px }
-p.source { color: #555; font-size: 13px }
-"""
 
 
 def readme_block(results: list[Result]) -> str:
     """What stands between the README's two markers: main tables, plots, and whether a GPU was measured."""
     parts = [table.to_markdown() for table in (*summarise_forward(results), *summarise_serve(results))]
     for job in README_PLOTS:
-        shown = [result.name for result in results if result.job == job]
-        parts += [f"![{name}](docs/plots/{name}.png)" for name in shown]
+        parts += [show_plot(result) for result in results if result.job == job]
+    pages = " · ".join(f"[{page.title.partition(':')[0]}](docs/benchmarks/{page.file})" for page in PAGES)
     more = (
-        "Every table with its command, slower cells too: [docs/benchmarks.html](docs/benchmarks.html), made from the "
-        "files in `benchmarks/results`; how to repeat them: [docs/benchmarks.md](docs/benchmarks.md)."
+        "What the rivals are, how it is measured and how to repeat it: [benchmarks](docs/benchmarks.md). Every "
+        f"table, slower cells too, with its command: {pages}."
     )
     return "\n\n".join([*parts, f"{gpu_note(results)} {more}"])
+
+
+def uncertainty_block(results: list[Result]) -> str:
+    """The README's plot of uncertainty, with what it shows."""
+    parts = []
+    for result in results:
+        if result.job == "uncertainty":
+            kinds = "; ".join(
+                f"{kind['inputs']} {next(row['auroc'] for row in kind['scores']):.3f}"
+                for kind in result.figures["unlike"]
+            )
+            parts += [
+                show_plot(result),
+                f"{result.figures['members']} members trained on digits see digits of the test set and inputs that "
+                f"are none. AUROC of their mutual information: {kinds}. Predictive entropy and single members beside "
+                "it, and how it was measured: [uncertainty](docs/benchmarks/uncertainty.md).",
+            ]
+    return "\n\n".join(parts)
+
+
+def show_plot(result: Result) -> str:
+    """An image of the README, which says what it shows."""
+    title = next(page.title for page in PAGES if result.job in page.jobs)
+    return f"![{title}, on {result.chip_and_cores}](docs/plots/{result.name}.png)"
 
 
 def summarise_forward(results: list[Result]) -> list[Table]:
@@ -53,7 +72,7 @@ def summarise_forward(results: list[Result]) -> list[Table]:
             rows_of.setdefault(result.chip, []).extend(
                 _forward_row(cell) for cell in result.figures["cells"] if cell["rows"]
             )
-    head = ("network", "N", "batch", "loop", "stock vmap", "best of the others", "ours (`auto`)", "time / roofline")
+    head = ("network", "N", "batch", "loop", "stock vmap", "best of the others", "ours: auto", "time / roofline")
     note = (
         "Speeds, the loop being 1. The others: the compiled loop, ONNX Runtime and OpenVINO. Roofline: the least "
         "time that the plain arithmetic and all weights need, at ceilings measured in the same run; below 1 is had "
@@ -67,11 +86,12 @@ def _forward_row(cell: dict[str, Any]) -> tuple[str, ...]:
     measured = {row["rival"]: row for row in cell["rows"] if "left_out" not in row}
     others = [row for name, row in measured.items() if name in OTHERS]
     best = max(others, key=lambda row: row["ratio"], default=None)
-    ours = measured.get("ours_auto")
+    ours = measured.get(AUTO)
     return (
-        cell["network"], str(cell["members"]), str(cell["batch"]), f"{measured['loop']['median_ms']:.2f} ms",
+        name_network(cell["network"]), str(cell["members"]), str(cell["batch"]),
+        f"{measured['loop']['median_ms']:.2f} ms",
         f"{measured['stock_vmap']['ratio']:.2f}" if "stock_vmap" in measured else "-",
-        f"{best['ratio']:.2f} ({best['rival'].replace('_', ' ')})" if best else "-",
+        f"{best['ratio']:.2f} ({name_rival(best['rival'])})" if best else "-",
         f"**{ours['ratio']:.2f}**" if ours else "-", f"{ours['times_roofline']:.1f}" if ours else "-",
     )  # fmt: skip
 
@@ -87,8 +107,8 @@ def summarise_serve(results: list[Result]) -> list[Table]:
             rows_of.setdefault(result.chip, []).extend(map(_serve_row, own))
             notes[result.chip] = (
                 f"{', '.join(map(str, setting['clients']))} clients, each sending when it was answered; the same "
-                f"batchSize ({setting['batch_size']}), delay and threads for all. *separate*: N registered models, "
-                "of which the client asks all; *loop*: a handler that loops; *workflow*: TorchServe's own."
+                f"batchSize ({setting['batch_size']}), delay and threads for all. *separate models*: N registered "
+                "models, of which the client asks all."
             )
     head = ("model", "N", "served as", "requests/s", "p50", "p99", "unanswered", "memory of the workers")
     title = "A real TorchServe under load"
@@ -96,77 +116,87 @@ def summarise_serve(results: list[Result]) -> list[Table]:
 
 
 def _serve_row(row: dict[str, Any]) -> tuple[str, ...]:
-    name = f"**{row['rival']}**" if row["rival"] == "ours" else row["rival"]
+    name = bold_ours(SERVED.get(row["rival"], row["rival"]))
     ratio = f" ({row['rate_ratio']:.2f}x)" if "rate_ratio" in row else ""
     latencies = ("-" if row[key] is None else f"{row[key]:.0f} ms" for key in ("p50_ms", "p99_ms"))
     return (
-        row["handler"], str(row["members"]), name, f"{row['requests_per_s']:.1f}{ratio}", *latencies,
+        name_network(row["handler"]), str(row["members"]), name, f"{row['requests_per_s']:.1f}{ratio}", *latencies,
         str(sum(row["errors"].values())), f"{row['worker_mib']:.0f} MiB",
     )  # fmt: skip
 
 
-def replace_block(readme: str, block: str) -> str:
-    """Put the block between the markers.
+def replace_block(path: Path, text: str, name: str, block: str) -> str:
+    """Put a block between its two markers in a file's text.
 
     Raises:
         SystemExit: the markers are not there, once each and in order.
     """
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise SystemExit(f"README.md: expected {BEGIN!r} and {END!r} around the results, once")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{block}\n\n{END}", readme)
+    begin, end = f"<!-- {name}: written by python -m benchmarks.report -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise SystemExit(f"{path.name}: expected {begin!r} and {end!r} around the {name}, once")
+    return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", text)
 
 
-def make_page(results: list[Result], plots: list[Path]) -> str:
-    """The HTML page: every table, every plot as data."""
-    images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots}
-    body = ["<h1>Benchmarks</h1>", f"<p>{html.escape(gpu_note(results))} Slower cells are shown, too.</p>"]
+def write_texts(results: list[Result]) -> dict[Path, str]:
+    """Every file of text that shows results -> what it should hold: README, docs/benchmarks.md and its pages."""
+    served: dict[str, str] = {}
     for result in results:
-        if result.name in images:
-            alt = html.escape(result.table)
-            body.append(f'<h2>{html.escape(result.name)}</h2><img alt="{alt}" src="data:image/png;base64,')
-            body[-1] += images[result.name] + '">'
-        body += [table_to_html(table) for table in make_tables([result])]
-    text = "\n".join(body)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>vmap-ensemble: benchmarks</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{text}\n</body></html>\n"
-    )
+        served |= result.figures["rivals"] if result.table == "serve" else {}
+    readme = replace_block(README, README.read_text(encoding="utf-8"), "results", readme_block(results))
+    index = replace_block(INDEX, INDEX.read_text(encoding="utf-8"), "pages", list_pages())
+    return {
+        README: replace_block(README, readme, "uncertainty", uncertainty_block(results)),
+        INDEX: replace_block(INDEX, index, "rivals", rivals_table(served)),
+        **{PAGE_FOLDER / name: text for name, text in write_pages(results).items()},
+    }
 
 
-def table_to_html(table: Table) -> str:
-    """One table with its title, note and source."""
+def find_outdated(texts: dict[Path, str], results: list[Result]) -> list[Path]:
+    """Files that differ from what they should hold, plots that are missing, and pages and plots of no result."""
+    plots = {PLOT_FOLDER / f"{result.name}.png" for result in results}
+    outdated = [path for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text]
+    outdated += [path for path in sorted(plots) if not path.is_file()]
+    return outdated + find_strays(texts, plots)
 
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    rows = "\n".join([line(table.head, "th"), *(line(row, "td") for row in table.rows)])
-    source = f"<code>{html.escape(table.command)}</code> on {html.escape(table.machine)}. {html.escape(table.note)}"
-    return f'<h3>{html.escape(table.title)}</h3>\n<table>\n{rows}\n</table>\n<p class="source">{source}</p>'
+def find_strays(texts: Container[Path], plots: Container[Path]) -> list[Path]:
+    """Pages and plots that no result needs any more."""
+    return [
+        path
+        for path in (*PAGE_FOLDER.glob("*.md"), *PLOT_FOLDER.glob("*.png"))
+        if path not in texts and path not in plots
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write plots, page and README; with --check only compare, 1 where the README is out of date."""
+    """Write plots, pages and README; with --check only compare, 1 where one is out of date."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, prog="python -m benchmarks.report", description="Draw what the results say."
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README or a page differs")
     options = parser.parse_args(arguments)
     results = read_results(FOLDER)
     if not results:
         print(f"error: {FOLDER.relative_to(ROOT)} holds no results: python -m benchmarks.all", file=sys.stderr)
         return 2
-    old = README.read_text(encoding="utf-8")
-    new = replace_block(old, readme_block(results))
+    texts = write_texts(results)
     if options.check:
-        print("README.md agrees with the results" if new == old else "README.md: run python -m benchmarks.report")
-        return 0 if new == old else 1
+        outdated = [str(path.relative_to(ROOT)) for path in find_outdated(texts, results)]
+        print(
+            f"{', '.join(outdated)}: run python -m benchmarks.report" if outdated
+            else f"README.md and {len(texts) - 1} pages agree with the results"
+        )  # fmt: skip
+        return 1 if outdated else 0
     from benchmarks.reporting.plots import draw_plots  # matplotlib, which a check doesn't need
 
     plots = draw_plots(results, PLOT_FOLDER)
-    PAGE.write_text(make_page(results, plots), encoding="utf-8")
-    README.write_text(new, encoding="utf-8")
-    print(f"wrote {len(plots)} plots, {PAGE.relative_to(ROOT)} and {README.relative_to(ROOT)}")
+    PAGE_FOLDER.mkdir(exist_ok=True)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    for path in find_strays(texts, plots):
+        path.unlink()
+    print(f"wrote {len(plots)} plots, {len(texts) - 1} pages and {README.relative_to(ROOT)}")
     return 0
 
 

@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
     cat <<'TEXT'
-usage: scripts/setup.sh [dev] [bert] [bench] [demo]
+usage: scripts/setup.sh [dev] [bert] [bench] [demo] [docs]
 Makes .venv with what serving needs, plus the named groups (requirements-GROUP.txt). Log: .run/setup.log
 PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12); otherwise the first of python3.11,
 python3.12, python3.10, python3 that fits is taken.
@@ -17,10 +17,11 @@ TEXT
 # The stamp covers a file and those that it includes with -r, so that an edit of any of them installs again.
 requirements_hash() {
     local file=$1 included
-    included=$(sed -n 's/^-r *//p' "$ROOT/$file")
     {
         cat "$ROOT/$file"
-        [[ -z $included ]] || requirements_hash "$included"
+        while read -r included; do
+            requirements_hash "$included"
+        done < <(sed -n 's/^-r *//p' "$ROOT/$file")
     } | "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
@@ -79,8 +80,8 @@ main() {
     for group in "$@"; do
         case $group in
             -h | --help) usage && return 0 ;;
-            dev | bert | bench | demo) ;;
-            *) fail "unknown group $group: expected dev, bert, bench or demo" ;;
+            dev | bert | bench | demo | docs) ;;
+            *) fail "unknown group $group: expected dev, bert, bench, demo or docs" ;;
         esac
     done
     make_environment

@@ -54,7 +54,7 @@ def summarise_rounds(rounds: list[dict[str, Any]], seconds: float) -> dict[str, 
         seconds: length of a round.
 
     Returns:
-        requests_per_s (median of the rounds, with its least and greatest), p50, p90 and p99 in ms, requests,
+        requests_per_s (median of the rounds, with its least and greatest), p10, p50, p90 and p99 in ms, requests,
         errors, client_share: processor time of the client per second, 1 being a whole core.
     """
     rates = [round_["in_time"] / seconds for round_ in rounds]
@@ -66,7 +66,7 @@ def summarise_rounds(rounds: list[dict[str, Any]], seconds: float) -> dict[str, 
         "requests_per_s": statistics.median(rates),
         "least_requests_per_s": min(rates),
         "greatest_requests_per_s": max(rates),
-        **{f"p{percent}_ms": percentile(latencies, percent) for percent in (50, 90, 99)},
+        **{f"p{percent}_ms": percentile(latencies, percent) for percent in (10, 50, 90, 99)},
         "requests": len(latencies),
         "errors": dict(errors),
         "client_share": sum(round_["cpu_s"] for round_ in rounds) / sum(round_["seconds"] for round_ in rounds),
