@@ -19,6 +19,8 @@ MODULES: dict[str, str] = {
     "prepared": "vmap_ensemble.execution.cpu.mode",
     "compiled": "vmap_ensemble.execution.compiled.mode",
     "cudagraph": "vmap_ensemble.execution.cuda.mode",
+    "onnxruntime": "vmap_ensemble.execution.onnx.mode",
+    "openvino": "vmap_ensemble.execution.onnx.mode",
     "reference": "vmap_ensemble.execution.modes",
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,9 +148,22 @@ class EnsembleForward(Forward):
     def _join_ties(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**tensors, **{key: tensors[kept] for key, kept in self.members.ties.items()}}
 
+    def bind(self, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with, for the arguments of this forward: positional ones, and those with a name."""
+        return args, {}
+
+    def argument_names(self, args: Sequence[Any]) -> list[str]:
+        """A name for each argument that is a tensor."""
+        count = sum(isinstance(arg, Tensor) for arg in args)
+        return ["input"] if count == 1 else [f"input_{number}" for number in range(count)]
+
+    def plain_model(self) -> nn.Module:
+        """A copy of the architecture as it is where nothing of ours runs it; without weights."""
+        return copy.deepcopy(self.model)
+
     def member(self, index: int, *args: Any) -> Any:
         """Run one member alone, without vmap and without special rules: outputs (B, ...)."""
-        return functional_call(self.model, self.member_state(index), args)
+        return functional_call(self.model, self.member_state(index), *self.bind(*args))
 
     def part(self, start: int, stop: int) -> EnsembleForward:
         """The vmapped forward of the members from `start` to `stop`, exclusive: views, nothing is copied."""

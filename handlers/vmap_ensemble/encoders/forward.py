@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -117,9 +117,20 @@ class EncoderForward(EnsembleForward):
         keywords = self._name_inputs(*inputs)
         return functional_call(self.model, self._join_ties({**shared, **own}), (), keywords)
 
-    def member(self, index: int, *inputs: Any) -> Any:
-        """Run one member alone, as Hugging Face does: padded, without vmap; outputs (B, ...)."""
-        return functional_call(self.model, self.member_state(index), (), self._name_inputs(*inputs))
+    def bind(self, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Named, since each architecture orders its own differently; a member alone runs padded, as Hugging Face does."""
+        return (), self._name_inputs(*args)
+
+    def argument_names(self, args: Sequence[Any]) -> list[str]:
+        """The model's own names."""
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return [name for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)]
+
+    def plain_model(self) -> PreTrainedModel:
+        """With an attention that every exporter knows."""
+        model = copy.deepcopy(self.model)
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        return model
 
     def _name_inputs(
         self,

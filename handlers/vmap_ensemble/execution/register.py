@@ -35,6 +35,7 @@ class ExecutionOptions:
         sample: Batch that what serves is proved on; by default the first example.
         schedule: What the chosen mode measured while it was built at an earlier start (`Built.schedule`).
         packed: Loads the forward that the archive brings as native code; None if it brings none.
+        graph_folder: The unpacked archive, where it brings an ONNX graph of all members; else None.
     """
 
     budget_s: float = AUTO_BUDGET_S
@@ -46,6 +47,7 @@ class ExecutionOptions:
     sample: Args | None = None
     schedule: Mapping[str, Any] | None = None
     packed: Callable[[], Run] | None = None
+    graph_folder: Path | None = None
 
 
 @dataclass(frozen=True)
