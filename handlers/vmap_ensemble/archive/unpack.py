@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from vmap_ensemble.archive.settings import SETTINGS_FILE
 from vmap_ensemble.errors import LoadError
+
+# TorchServe's own file in an archive; members.json is ours.
+MAR_FILE = "MAR-INF/MANIFEST.json"
 
 
 @contextmanager
@@ -50,3 +54,12 @@ def checked(folder: Path, shown: str | None = None) -> Path:
     if not (folder / SETTINGS_FILE).is_file():
         raise LoadError(f"{shown or folder.name}: holds no {SETTINGS_FILE}; expected an archive of ./archive.sh")
     return folder
+
+
+def read_version(folder: Path) -> str:
+    """The version that an archive was built with; empty where its folder doesn't say one."""
+    try:
+        model = json.loads((folder / MAR_FILE).read_text(encoding="utf-8"))["model"]
+        return str(model.get("modelVersion") or "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
