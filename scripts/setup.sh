@@ -17,10 +17,9 @@ TEXT
 # The stamp covers a file and those that it includes with -r, so that an edit of any of them installs again.
 requirements_hash() {
     local file=$1 included
-    included=$(sed -n 's/^-r *//p' "$ROOT/$file")
     {
         cat "$ROOT/$file"
-        [[ -z $included ]] || requirements_hash "$included"
+        sed -n 's/^-r *//p' "$ROOT/$file" | while read -r included; do requirements_hash "$included"; done
     } | "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 

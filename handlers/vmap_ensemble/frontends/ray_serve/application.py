@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.frontends.ray_serve.door import Ask, Door
+from vmap_ensemble.frontends.ray_serve.door import Ask, Door, Taken
 from vmap_ensemble.frontends.ray_serve.replica import Served
 from vmap_ensemble.frontends.ray_serve.settings import ModelSettings, deployment_name, read_application
-from vmap_ensemble.serving.batch import Incoming, Reply
+from vmap_ensemble.serving.batch import Reply
 
 # No name of a model begins like that.
 ENTRANCE = "_entrance"
@@ -41,18 +41,16 @@ def app(args: dict[str, Any]) -> Application:
     bound = {name: _bind(name, model, read.max_request_bytes) for name, model in read.models.items()}
     if len(bound) == 1:
         return next(iter(bound.values()))
-    entrance = serve.deployment(Entrance).options(
+    deploy = serve.deployment(
         name=ENTRANCE, max_ongoing_requests=MOST_AT_THE_ENTRANCE, ray_actor_options={"num_cpus": 0}
     )
-    return entrance.bind(bound, read.max_request_bytes)
+    return deploy(Entrance).bind(bound, read.max_request_bytes)
 
 
 def _bind(name: str, model: ModelSettings, most_bytes: int) -> Application:
     # While one batch is run the next one must be able to gather: Ray's own limit of 5 would be the batch's.
-    deployment = serve.deployment(Served).options(
-        name=deployment_name(name), max_ongoing_requests=2 * model.batch_size, user_config={}
-    )
-    return deployment.bind(name, model, most_bytes)
+    deploy = serve.deployment(name=deployment_name(name), max_ongoing_requests=2 * model.batch_size, user_config={})
+    return deploy(Served).bind(name, model, most_bytes)
 
 
 class Entrance:
@@ -72,9 +70,9 @@ class Entrance:
 
 
 def _asking(handle: DeploymentHandle) -> Ask:
-    async def ask(incoming: Incoming) -> Reply:
+    async def ask(taken: Taken) -> Reply:
         try:
-            reply: Reply = await handle.answer.remote(incoming)
+            reply: Reply = await handle.answer.remote(taken)
             return reply
         except (BackPressureError, DeploymentUnavailableError, RayActorError):
             raise RequestError(503, "the model can't answer now; try again") from None

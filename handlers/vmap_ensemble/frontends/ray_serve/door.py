@@ -1,26 +1,44 @@
-"""Turns a Starlette request into `Incoming` for the model that it names, and that model's reply into a response."""
+"""Turns a Starlette request into what the model that it names is asked, and that model's reply into a response."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from vmap_ensemble.errors import RequestError, where
-from vmap_ensemble.serving.batch import Incoming, Reply
-from vmap_ensemble.serving.multipart import read_fields
+from vmap_ensemble.serving.batch import Reply
 from vmap_ensemble.serving.requests import error_body
 from vmap_ensemble.tasks.answers import dump_json
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[Incoming], Awaitable[Reply]]
-ROUTES: dict[str, Literal["predict", "explain"]] = {"predictions": "predict", "explanations": "explain"}
+Asks = Literal["predict", "explain", "describe"]
+ROUTES: dict[str, Asks] = {"predictions": "predict", "explanations": "explain"}
 # `curl -T` puts.
 METHODS = ("POST", "PUT")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A request whose body isn't read yet: bytes travel between processes, JSON nested a thousand times doesn't.
+
+    Attributes:
+        body: As it was sent.
+        headers: By names in lower case.
+        asks: As of `Incoming`.
+    """
+
+    body: bytes
+    headers: dict[str, str]
+    asks: Asks
+
+
+Ask = Callable[[Taken], Awaitable[Reply]]
 
 
 class Door:
@@ -56,9 +74,9 @@ class Door:
             raise RequestError(405, f"expected {' or '.join(METHODS)}, got {request.method[:20]}")
         # The last of two headers of one name counts, as with TorchServe.
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.headers.raw}
-        fields, told = read_fields(await self._read(request, headers.get("content-length", "")), headers)
+        body = await self._read(request, headers.get("content-length", ""))
         describes = headers.get("describe") == "True"  # as TorchServe's header
-        return await self._models[name](Incoming(fields, told, "describe" if describes else asks))
+        return await self._models[name](Taken(body, headers, "describe" if describes else asks))
 
     async def _read(self, request: Request, length: str) -> bytes:
         """The body, of which no more is kept than is allowed."""
@@ -73,7 +91,7 @@ class Door:
         raise RequestError(413, f"the body is larger than {self._most_bytes} bytes")
 
 
-def _route(scope: Mapping[str, Any]) -> tuple[Literal["predict", "explain"], str]:
+def _route(scope: Mapping[str, Any]) -> tuple[Asks, str]:
     """What a path asks, and of which model."""
     path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
     kind, _, name = path.removeprefix("/").partition("/")

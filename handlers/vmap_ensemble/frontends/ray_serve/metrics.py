@@ -9,7 +9,7 @@ from ray.serve import metrics
 from vmap_ensemble.serving.metrics import COMMON_LABELS, METRICS, check_name
 
 # Upper ends of the buckets, by unit.
-BUCKETS = {
+BUCKETS: dict[str, list[float]] = {
     "seconds": [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10],
     "count": [1, 2, 4, 8, 16, 32, 64, 128, 256],
     "nats": [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5],
@@ -45,7 +45,7 @@ class Metrics:
 
 
 def _make(name: str, kind: str, unit: str, own: tuple[str, ...]) -> Any:
-    keys = (*own, *COMMON_LABELS)
+    keys: Any = (*own, *COMMON_LABELS)  # Ray says a tuple of one, and takes any
     if kind == "COUNTER":
         return metrics.Counter(name, description=unit, tag_keys=keys)
     return metrics.Histogram(name, description=unit, boundaries=BUCKETS[unit], tag_keys=keys)

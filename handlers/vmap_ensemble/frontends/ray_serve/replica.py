@@ -14,12 +14,15 @@ from starlette.responses import Response
 
 from vmap_ensemble.archive.unpack import read_version, unpacked
 from vmap_ensemble.ensemble import Ensemble
-from vmap_ensemble.frontends.ray_serve.door import Door
+from vmap_ensemble.errors import RequestError
+from vmap_ensemble.frontends.ray_serve.door import Door, Taken, refusal
 from vmap_ensemble.frontends.ray_serve.metrics import Metrics
 from vmap_ensemble.frontends.ray_serve.settings import ModelSettings
 from vmap_ensemble.process.memory import freed_memory_returned, keep_freed_memory
 from vmap_ensemble.process.threads import cores_at_hand
 from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch
+from vmap_ensemble.serving.multipart import read_fields
+from vmap_ensemble.serving.statuses import reason_of
 
 Result = TypeVar("Result")
 
@@ -57,16 +60,22 @@ class Served:
             except BaseException:
                 self._model = before
                 raise
-        self.answer_batch.set_max_batch_size(model.batch_size)
-        self.answer_batch.set_batch_wait_timeout_s(model.batch_wait_s)
+        batching: Any = self.answer_batch  # which serve.batch gave its setters
+        batching.set_max_batch_size(model.batch_size)
+        batching.set_batch_wait_timeout_s(model.batch_wait_s)
         self._model = model
 
     async def __call__(self, request: Request) -> Response:
         """A request over HTTP."""
         return await self._door(request)
 
-    async def answer(self, incoming: Incoming) -> Reply:
-        """A request that was read already."""
+    async def answer(self, taken: Taken) -> Reply:
+        """A request that came through a door, this replica's own or the entrance's."""
+        try:
+            incoming = Incoming(*read_fields(taken.body, taken.headers), taken.asks)
+        except RequestError as error:
+            self.metrics.record("EnsembleRefusedRequests", 1, str(error.status), reason_of(error.status))
+            return refusal(error.status, error.message)
         # serve.batch closes a batch after its wait even while another is run, so that under load each would hold
         # what came within 2 ms. Whoever comes during a forward waits here, and joins the next batch.
         await self._idle.wait()
