@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from email.message import Message
-from email.parser import BytesParser
+from email.parser import Parser
 from typing import Any
 
 from vmap_ensemble.errors import RequestError
@@ -71,7 +71,7 @@ def _parts(body: bytes, kind: str) -> Iterator[tuple[str, str, bytes]]:
         head, found, value = rest.partition(b"\r\n\r\n")
         if line.strip(b" \t") or not found or len(head) > MOST_HEAD_BYTES:
             raise RequestError(400, "multipart: a part without headers")
-        told = BytesParser().parsebytes(head + b"\r\n\r\n", headersonly=True)
+        told = Parser().parsestr(head.decode("utf-8", "replace") + "\r\n\r\n", headersonly=True)
         name = _parameter(told, "name")
         if told.get_content_disposition() != "form-data" or not name:
             raise RequestError(400, "multipart: expected a name for each part")
@@ -96,5 +96,4 @@ def _parameter(told: Message, name: str) -> str | None:
     value = told.get_param(name, header="content-disposition")
     if isinstance(value, tuple):  # RFC 2231: charset, language, value
         value = value[2]
-    # email keeps bytes beyond ASCII as surrogates.
-    return None if value is None else str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return None if value is None else str(value)
