@@ -193,7 +193,8 @@ def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: 
     jobs = [bad_images.png(random.Random(seed)) for seed in range(15)]
     alone = [client.post("/predictions/mnist", content=png).json() for png in jobs]
     wait_for(lambda: sums(server, "EnsembleBatchSize").get("count", 0) >= 15)
-    before, refused = sums(server, "EnsembleBatchSize"), sums(server, "EnsembleRefusedRequests")
+    before = sums(server, "EnsembleBatchSize")
+    refused = sums(server, "EnsembleRefusedRequests").get("total", 0)
     with ThreadPoolExecutor(16) as pool:
         bad_one = pool.submit(client.post, "/predictions/mnist", content=b"no image")
         replies = list(pool.map(lambda png: client.post("/predictions/mnist", content=png), jobs))
@@ -209,7 +210,7 @@ def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: 
     assert after["sum"] == before["sum"] + len(jobs)
     # Sixteen at a time in batches of at most eight.
     assert 2 <= after["count"] - before["count"] <= 8
-    assert wait_for(lambda: sums(server, "EnsembleRefusedRequests")["total"] == refused["total"] + 1)
+    assert wait_for(lambda: sums(server, "EnsembleRefusedRequests").get("total") == refused + 1)
     lines = server.metrics().splitlines()
     line = next(line for line in lines if line.startswith("ray_ensemblerefusedrequests_total{") and "415" in line)
     for label in ('ModelName="mnist"', 'ModelVersion="1.0"', 'Level="Model"', 'Reason="unknown_kind"'):
