@@ -50,7 +50,8 @@ class Served:
         """Take a deployment's user_config; Ray calls it at the start, too. Requests wait while an archive is loaded.
 
         Raises:
-            EnsembleError: It can't be served like that; what was served before goes on.
+            EnsembleError: It can't be served like that. What was served before is left as it was, but Ray ends the
+                replica.
         """
         before, model = self._model, self._defaults.changed(user_config)
         if before is None or (before.archive, before.settings) != (model.archive, model.settings):
