@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 pytest.importorskip("ray")
 
@@ -59,3 +62,15 @@ def test_a_user_config_replaces_what_it_names():
 def test_a_batch_can_gather_while_another_is_run():
     deployment = app({"archive": "a.mar", "batch_size": 16})._bound_deployment
     assert (deployment.name, deployment.max_ongoing_requests) == ("ens", 32)
+
+
+def test_the_file_that_is_shipped_is_rays_and_ours():
+    from ray.serve.schema import ServeDeploySchema
+
+    path = Path(__file__).resolve().parents[4] / "config" / "ray_serve.yaml"
+    config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert config.http_options.host == "127.0.0.1"
+    (application,) = config.applications
+    (model,) = read_application(application.args).models.values()
+    (deployment,) = application.deployments
+    assert model.batch_size <= deployment.autoscaling_config["target_ongoing_requests"] < 2 * model.batch_size
