@@ -25,7 +25,7 @@ LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")
 def on_files(files: Files, config: Any) -> Files:
     """Add what pages link to outside docs/, and what those pages link to in turn."""
     docs = Path(config.docs_dir)
-    pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
+    pages = [Path(file.abs_src_path or "") for file in files.documentation_pages()]
     waiting, seen = [*LISTED, *pages], set(pages)
     while waiting:
         path = waiting.pop()

@@ -110,6 +110,7 @@ class Ensemble:
         threads: int | None = None,
         batch_sizes: Sequence[int] = (1, 8),
         task: type[Task] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Ensemble:
         """Load an archive that `./archive.sh` built.
 
@@ -121,6 +122,7 @@ class Ensemble:
             threads: torch's threads in this process; by default they stay as they are.
             batch_sizes: Sizes that will be asked, for `auto` to measure.
             task: What becomes of items and outputs, instead of the archive's own handler's.
+            settings: Others of the settings, instead of the archive's, as in setup_config.json.
 
         Raises:
             EnsembleError: The archive can't be loaded; one line that says why.
@@ -136,11 +138,11 @@ class Ensemble:
             with timed(phases.SETTINGS):
                 kind = task or find_task(folder, str(read_block(folder).get("handler", "")))
                 given = {"device": device, "dtype": dtype, "execution": execution}
-                given = {key: value for key, value in given.items() if value is not None}
-                settings = override_settings(load_settings(folder, kind.settings_class), given)
-            place = make_place(settings, folder, threads or torch.get_num_threads(), 0)
+                given = {**(settings or {}), **{key: value for key, value in given.items() if value is not None}}
+                own = override_settings(load_settings(folder, kind.settings_class), given)
+            place = make_place(own, folder, threads or torch.get_num_threads(), 0)
             with timed(phases.BUILD):
-                made = kind(settings, place)
+                made = kind(own, place)
             return cls.start(made, timed, batch_sizes)
 
     @classmethod

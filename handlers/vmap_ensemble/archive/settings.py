@@ -24,6 +24,7 @@ SETTINGS_FILE = "setup_config.json"
 WORKER_KEYS = ("threads", "device")
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -132,6 +133,7 @@ class Settings:
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
+Block = TypeVar("Block")
 
 
 def read_block(folder: Path) -> dict[str, Any]:
@@ -181,8 +183,8 @@ def load_settings(folder: Path, kind: type[SettingsType], worker: Mapping[str, A
     return parse_settings({**block, **worker}, kind, SETTINGS_FILE)
 
 
-def parse_settings(block: Mapping[str, Any], kind: type[SettingsType], where: str) -> SettingsType:
-    """Check a block of settings; `where` names its file in errors.
+def parse_settings(block: Mapping[str, Any], kind: type[Block], where: str) -> Block:
+    """Check a block of settings, a dataclass of any kind; `where` names its file in errors.
 
     Raises:
         SettingsError: One line that names the file, the key, what was expected and what was got.
@@ -197,7 +199,7 @@ def parse_settings(block: Mapping[str, Any], kind: type[SettingsType], where: st
         raise SettingsError(f"{where}: {key}: {first['msg']}{got}") from None
 
 
-def known_keys(kind: type[Settings]) -> list[str]:
+def known_keys(kind: type[Any]) -> list[str]:
     """The keys that a settings class knows."""
     return [field.name for field in dataclasses.fields(kind)]
 

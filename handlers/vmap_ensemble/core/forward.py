@@ -149,7 +149,7 @@ class EnsembleForward(Forward):
         return {**tensors, **{key: tensors[kept] for key, kept in self.members.ties.items()}}
 
     def bind(self, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model is called with, for the arguments of this forward: positional ones, and those with a name."""
+        """What the model is called with for this forward's arguments: positional ones, and those with a name."""
         return args, {}
 
     def argument_names(self, args: Sequence[Any]) -> list[str]:

@@ -118,7 +118,7 @@ class EncoderForward(EnsembleForward):
         return functional_call(self.model, self._join_ties({**shared, **own}), (), keywords)
 
     def bind(self, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Named, since each architecture orders its own differently; a member alone runs padded, as Hugging Face does."""
+        """Named, since each architecture orders its own differently."""
         return (), self._name_inputs(*args)
 
     def argument_names(self, args: Sequence[Any]) -> list[str]:

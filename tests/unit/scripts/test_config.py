@@ -23,7 +23,7 @@ OWN_DIMENSIONS = {
     "EnsembleBatchSize": ("histogram", []),
     "EnsembleMutualInformation": ("histogram", []),
 }
-MODEL_CONFIGS = sorted(file for file in CONFIG.glob("*.yaml") if file.name != "metrics.yaml")
+MODEL_CONFIGS = sorted(file for file in CONFIG.glob("*.yaml") if file.name not in ("metrics.yaml", "ray_serve.yaml"))
 WORKER_KEYS = {"minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout"}
 
 

@@ -29,7 +29,7 @@ def load_onnxruntime(path: Path, inputs: Sequence[str], outputs: Sequence[str], 
     options.log_severity_level = 3
     # Threads that go on spinning would take torch's cores, which decode the next batch.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    wanted = ["CPUExecutionProvider"]
+    wanted: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         wanted = [("CUDAExecutionProvider", {"device_id": device.index or 0})]
     session = onnxruntime.InferenceSession(str(path), options, providers=wanted)

@@ -1,6 +1,6 @@
 """Turns a forward into ONE ONNX graph of all members: one member is exported, its nodes are repeated for the others.
 
-    inputs -> what all members share, once -> each member's own nodes on its own weights -> stack -> outputs (M, B, ...)
+    inputs -> what all members share, once -> each member's nodes on its own weights -> stack -> outputs (M, B, ...)
 
 An exporter given all members would trace M times the same network, and repeat what they share.
 """
@@ -156,8 +156,7 @@ def _repeat(one: ir.Model, forward: EnsembleForward, names: tuple[str, ...]) -> 
         nodes += made
         outputs.append(stacked)
     graph.outputs.clear()
-    for value in list(graph.initializers.values()):
-        del graph.initializers[value.name]
+    graph.initializers.clear()
     graph.inputs.clear()
     whole = ir.Graph(
         inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=graph.opset_imports, name="members"

@@ -1,4 +1,4 @@
-"""Registers the modes `onnxruntime` and `openvino`: the archive's ONNX graph of all members, or else one made at load."""
+"""Registers the modes `onnxruntime` and `openvino`: the archive's ONNX graph of all members, or one made at load."""
 
 from __future__ import annotations
 

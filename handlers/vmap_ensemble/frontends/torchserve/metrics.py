@@ -8,24 +8,10 @@ import time
 from typing import Any
 
 from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.serving.metrics import COMMON_LABELS, METRICS, check_name
 
 # The logger that TorchServe's own metrics go to: whoever sends those elsewhere has ours there, too.
 TORCHSERVE_METRICS = logging.getLogger("ts.metrics.caching_metric")
-
-# Name -> (type, unit, own dimensions). Values are matched to dimensions by position: own ones first, then
-# ModelVersion, ModelName and Level. TorchServe's histogram buckets are fixed at 0.005 to 10, so times are in seconds.
-METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "EnsembleParseTime": ("HISTOGRAM", "seconds", ()),
-    "EnsembleForwardTime": ("HISTOGRAM", "seconds", ()),
-    "EnsembleRespondTime": ("HISTOGRAM", "seconds", ()),
-    "EnsembleBatchSize": ("HISTOGRAM", "count", ()),
-    "EnsembleMutualInformation": ("HISTOGRAM", "nats", ()),
-    "EnsembleRefusedRequests": ("COUNTER", "count", ("Status", "Reason")),
-    "EnsembleAbstentions": ("COUNTER", "count", ()),
-    "EnsembleMemberAnswers": ("COUNTER", "count", ("Member",)),
-    "EnsembleNonFiniteMembers": ("COUNTER", "count", ("Member",)),
-    "EnsembleFallbacks": ("COUNTER", "count", ("Reason",)),
-}
 
 
 class Metrics:
@@ -54,8 +40,9 @@ class Metrics:
         from ts.metrics.metric_type_enum import MetricTypes
 
         self._host = socket.gethostname()
+        # Values are matched to dimensions by position. Buckets are fixed at 0.005 to 10, which suits seconds.
         for name, (kind_name, unit, dimensions) in METRICS.items():
-            kind, names = MetricTypes[kind_name], [*dimensions, "ModelVersion", "ModelName", "Level"]
+            kind, names = MetricTypes[kind_name], [*dimensions, *COMMON_LABELS]
             try:
                 self._metrics[name] = metric = cache.get_metric(name, kind)
             except MetricsCacheKeyError:
@@ -74,8 +61,7 @@ class Metrics:
             KeyError: There is no metric of this name.
             ValueError: The metric has more or fewer dimensions.
         """
-        if name not in METRICS:
-            raise KeyError(f"unknown metric '{name}'; known: {', '.join(METRICS)}")
+        check_name(name)
         if self._metrics:
             self._lines.append(self._line(self._metrics[name], value, (*dimensions, *self._tail)))
 

@@ -7,7 +7,8 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
 
 from vmap_ensemble.errors import SettingsError
-from vmap_ensemble.frontends.torchserve.metrics import METRICS, Metrics
+from vmap_ensemble.frontends.torchserve.metrics import Metrics
+from vmap_ensemble.serving.metrics import METRICS
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""Turns a Starlette request into what the model that it names is asked, and that model's reply into a response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from vmap_ensemble.errors import RequestError, where
+from vmap_ensemble.serving.batch import Reply
+from vmap_ensemble.serving.requests import error_body
+from vmap_ensemble.tasks.answers import dump_json
+
+logger = logging.getLogger(__name__)
+
+Asks = Literal["predict", "explain", "describe"]
+ROUTES: dict[str, Asks] = {"predictions": "predict", "explanations": "explain"}
+# `curl -T` puts.
+METHODS = ("POST", "PUT")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A request whose body isn't read yet: bytes travel between processes, JSON nested a thousand times doesn't.
+
+    Attributes:
+        body: As it was sent.
+        headers: By names in lower case.
+        asks: As of `Incoming`.
+    """
+
+    body: bytes
+    headers: dict[str, str]
+    asks: Asks
+
+
+Ask = Callable[[Taken], Awaitable[Reply]]
+
+
+class Door:
+    """Answers /predictions/NAME and /explanations/NAME, and refuses what is no request of a model.
+
+    Args:
+        models: Name -> who answers for it.
+        most_bytes: Of a request's body.
+    """
+
+    def __init__(self, models: Mapping[str, Ask], most_bytes: int) -> None:
+        self._models, self._most_bytes = models, most_bytes
+
+    async def __call__(self, request: Request) -> Response:
+        """One request, one response; each refusal has the same JSON."""
+        try:
+            reply = await self._answer(request)
+        except RequestError as error:
+            reply = refusal(error.status, error.message)
+        except ClientDisconnect:
+            reply = refusal(400, "the body didn't come whole")
+        except Exception as error:
+            logger.error("a request failed: %s", where(error))
+            reply = refusal(500, "this request could not be answered")
+        headers = {"Allow": ", ".join(METHODS)} if reply.status == 405 else None
+        return Response(reply.text, reply.status, headers, media_type="application/json")
+
+    async def _answer(self, request: Request) -> Reply:
+        asks, name = _route(request.scope)
+        if name not in self._models:
+            raise RequestError(404, "no model of this name is served here")
+        if request.method not in METHODS:
+            raise RequestError(405, f"expected {' or '.join(METHODS)}, got {request.method[:20]}")
+        # The last of two headers of one name counts, as with TorchServe.
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.headers.raw}
+        body = await self._read(request, headers.get("content-length", ""))
+        describes = headers.get("describe") == "True"  # as TorchServe's header
+        return await self._models[name](Taken(body, headers, "describe" if describes else asks))
+
+    async def _read(self, request: Request, length: str) -> bytes:
+        """The body, of which no more is kept than is allowed."""
+        body = bytearray()
+        if not (length.isdigit() and int(length) > self._most_bytes):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self._most_bytes:
+                    break
+            else:
+                return bytes(body)
+        raise RequestError(413, f"the body is larger than {self._most_bytes} bytes")
+
+
+def _route(scope: Mapping[str, Any]) -> tuple[Asks, str]:
+    """What a path asks, and of which model."""
+    path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+    kind, _, name = path.removeprefix("/").partition("/")
+    if kind not in ROUTES or not name:
+        raise RequestError(404, f"no such address; expected {' or '.join(f'/{route}/NAME' for route in ROUTES)}")
+    return ROUTES[kind], name
+
+
+def refusal(status: int, message: str) -> Reply:
+    """A reply that says why there is no answer."""
+    return Reply(status, dump_json(error_body(status, message)))

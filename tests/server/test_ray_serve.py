@@ -1,0 +1,260 @@
+"""A real Ray Serve serves real archives: the answers that TorchServe gives, batching, reconfiguration, draining."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("ray")
+pytest.importorskip("transformers")
+
+from scripts.private_torchserve import TorchServe
+from tests.server import bad_images, bad_texts
+from tests.server import bad_inputs as bad
+from tests.server.ray_process import RayServe
+from tests.server.test_bad_inputs import assert_close, build_archive
+from vmap_ensemble.client import Client
+from vmap_ensemble.ensemble import Ensemble
+
+pytestmark = pytest.mark.timeout(180)
+
+SHAPE = (1, 28, 28)
+MOST_BYTES = 200_000
+BATCH = 8
+# Both together fit into two logical CPUs, with a second replica of the first.
+CPUS = {"num_cpus": 0.5}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: build_archive(tmp_path_factory.mktemp(name), name) for name in ("mnist", "bert")}
+
+
+def application(archives: Mapping[str, Path], replicas: int = 1, **user_config: Any) -> list[dict[str, Any]]:
+    """What Ray Serve's YAML says: two archives in one application, the second one under a name with its version."""
+    models = {
+        # A long wait, so that requests sent together do share a batch.
+        "mnist": {"archive": str(archives["mnist"]), "batch_size": BATCH, "batch_wait_s": 0.1},
+        "bert/2.0": {"archive": str(archives["bert"]), "batch_size": BATCH},
+    }
+    deployments = [
+        {"name": "mnist", "num_replicas": replicas, "ray_actor_options": CPUS, "user_config": user_config},
+        {"name": "bert-2.0", "ray_actor_options": CPUS},
+    ]
+    return [
+        {
+            "name": "ensembles",
+            "route_prefix": "/",
+            "import_path": "vmap_ensemble.frontends.ray_serve:app",
+            "args": {"models": models, "max_request_bytes": MOST_BYTES},
+            "deployments": deployments,
+        }
+    ]
+
+
+def requests() -> list[tuple[str, bad.Sent]]:
+    """Path and request: every way to ask, and what must be refused."""
+    rng = random.Random(0)
+    texts, explained = bad_texts.text_makers(bad_texts.text_item), bad_texts.explanation_makers(bad_texts.text_item)
+    png = bad_images.png(rng)
+    own = [
+        {"content": png, "headers": {"Content-Type": "image/png", "X-Ensemble-Detail": "members"}},
+        {"content": png, "headers": {"describe": "False", "x-ensemble-top-k": "1"}},
+        {"files": [("data", png), ("data", png)]},
+        {"files": {"data": ("a.json", json.dumps(bad_images.base64_item(rng)), "application/json")}},
+        {"files": {"data": ("a.txt", "a text", "text/plain"), "subset": (None, "m0")}},
+        {"data": {"form": "lost"}},
+    ]
+    kinds = {
+        "/predictions/mnist": [
+            *bad_images.good_images(rng, SHAPE, 8),
+            *bad.make_bad(rng, bad_images.image_makers(SHAPE), 60),
+            *(bad.Sent("own", (), request) for request in own),
+        ],
+        "/explanations/mnist": [bad.Sent("not offered", (501,), {"content": png})],
+        "/predictions/bert": [
+            *bad_texts.good_texts(rng, bad_texts.text_item, 7),
+            *bad.make_bad(rng, texts, 40),
+            bad.Sent("plain", (200,), {"content": "größe", "headers": {"Content-Type": "text/plain"}}),
+        ],
+        "/explanations/bert": [
+            *(bad.Sent("good", (200,), bad.as_json(bad_texts.text_item(rng))) for _ in range(2)),
+            *bad.make_bad(rng, explained, 15),
+        ],
+    }
+    return [(path, one) for path, sent in kinds.items() for one in sent]
+
+
+REQUESTS = requests()
+
+
+def ask_all(client: httpx.Client, clients: int) -> list[httpx.Response]:
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(lambda one: client.post(one[0], **one[1].request), REQUESTS))
+
+
+@pytest.fixture(scope="module")
+def expected(archives: dict[str, Path]) -> list[httpx.Response]:
+    """What TorchServe answers, each asked alone."""
+    with TorchServe(archives, batching={"batchSize": 1}) as server, server.client() as client:
+        return ask_all(client, 1)
+
+
+@pytest.fixture(scope="module")
+def server(archives: dict[str, Path]) -> Iterator[RayServe]:
+    with RayServe(application(archives)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RayServe) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        # One archive is asked by name and version.
+        client.event_hooks["request"] = [_with_version]
+        yield client
+
+
+def _with_version(request: httpx.Request) -> None:
+    if request.url.path.endswith("/bert"):
+        request.url = request.url.copy_with(path=f"{request.url.path}/2.0")
+
+
+def test_answers_are_torchserves(
+    client: httpx.Client, server: RayServe, expected: list[httpx.Response], archives: dict[str, Path]
+) -> None:
+    for (path, one), got, wanted in zip(REQUESTS, ask_all(client, 16), expected, strict=True):
+        assert got.status_code == wanted.status_code, (path, one.kind, got.text[:200], wanted.text[:200])
+        assert got.headers["content-type"] == "application/json"
+        told, theirs = got.json(), wanted.json()
+        if "model_name" in theirs:
+            assert told["model_name"] == theirs["model_name"]
+        assert_close(told, theirs, f"{path}: {one.kind}")
+    assert {reply.status_code for reply in expected} >= {200, 400, 413, 415, 422, 501}
+    assert "could not be answered" not in server.log()
+
+
+def test_the_library_gives_the_same(client: httpx.Client, archives: dict[str, Path]) -> None:
+    png = bad_images.png(random.Random(5))
+    (answer,) = Ensemble.load(archives["mnist"]).predict([png], top_k=2, detail=True)
+    with Client(str(client.base_url), "mnist", trust_env=False) as asking:
+        assert_close(asking.predict(png, top_k=2, detail=True).body, answer.body)
+
+
+def test_what_is_no_request_of_a_model(client: httpx.Client) -> None:
+    for method, path, status in (
+        ("POST", "/", 404),
+        ("POST", "/models/mnist", 404),
+        ("POST", "/predictions", 404),
+        ("POST", "/predictions/nobody", 404),
+        ("POST", "/predictions/mnist/9.9", 404),
+        ("POST", "/predictions/..%2f..%2fetc", 404),
+        ("GET", "/predictions/mnist", 405),
+        ("DELETE", "/explanations/bert", 405),
+    ):
+        reply = client.request(method, path)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, status), path
+        assert ("allow" in reply.headers) == (status == 405)
+    large = b"x" * (MOST_BYTES + 1)
+    for body in (large, iter([large[:9000]] * 30)):  # with its length, and in chunks
+        reply = client.post("/predictions/mnist", content=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, 413)
+    told = client.post("/predictions/mnist", headers={"describe": "True"}).json()
+    assert [row["name"] for row in told["members"]] == ["m0", "m1"]
+
+
+def sums(server: RayServe, name: str) -> dict[str, float]:
+    """Sum and count of a histogram, or the total of a counter, over all labels."""
+    found: dict[str, float] = {}
+    for line in server.metrics().splitlines():
+        for part in ("sum", "count", "total"):
+            if line.startswith(f"ray_{name.lower()}_{part}{{"):
+                found[part] = found.get(part, 0) + float(line.rsplit(" ", 1)[1])
+    return found
+
+
+def wait_for(read: Any, timeout_s: float = 15) -> Any:
+    """The first reading that isn't empty or false."""
+    ends = time.monotonic() + timeout_s
+    while not (found := read()) and time.monotonic() < ends:
+        time.sleep(0.3)
+    return found
+
+
+def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: RayServe) -> None:
+    jobs = [bad_images.png(random.Random(seed)) for seed in range(15)]
+    alone = [client.post("/predictions/mnist", content=png).json() for png in jobs]
+    wait_for(lambda: sums(server, "EnsembleBatchSize").get("count", 0) >= 15)
+    before = sums(server, "EnsembleBatchSize")
+    refused = sums(server, "EnsembleRefusedRequests").get("total", 0)
+    with ThreadPoolExecutor(16) as pool:
+        bad_one = pool.submit(client.post, "/predictions/mnist", content=b"no image")
+        replies = list(pool.map(lambda png: client.post("/predictions/mnist", content=png), jobs))
+    assert bad_one.result().status_code == 415
+    for reply, own in zip(replies, alone, strict=True):
+        assert_close(reply.json(), own)
+
+    def grown() -> dict[str, float]:
+        now = sums(server, "EnsembleBatchSize")
+        return now if now["sum"] >= before["sum"] + len(jobs) else {}
+
+    after = wait_for(grown)
+    assert after["sum"] == before["sum"] + len(jobs)
+    # Sixteen at a time in batches of at most eight.
+    assert 2 <= after["count"] - before["count"] <= 8
+    assert wait_for(lambda: sums(server, "EnsembleRefusedRequests").get("total") == refused + 1)
+    lines = server.metrics().splitlines()
+    line = next(line for line in lines if line.startswith("ray_ensemblerefusedrequests_total{") and "415" in line)
+    for label in ('ModelName="mnist"', 'ModelVersion="1.0"', 'Level="Model"', 'Reason="unknown_kind"'):
+        assert label in line
+
+
+class Load:
+    """Clients that go on asking, inside a `with` block.
+
+    Attributes:
+        statuses: Of all replies, errors of the connection among them.
+    """
+
+    def __init__(self, client: httpx.Client, clients: int = 4) -> None:
+        self.client, self.statuses = client, []
+        self.png, self.ended = bad_images.png(random.Random(3)), threading.Event()
+        self.threads = [threading.Thread(target=self._go_on) for _ in range(clients)]
+
+    def _go_on(self) -> None:
+        while not self.ended.is_set():
+            try:
+                self.statuses.append(self.client.post("/predictions/mnist", content=self.png).status_code)
+            except httpx.HTTPError as error:
+                self.statuses.append(repr(error))
+
+    def __enter__(self) -> Load:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def test_nobody_is_lost_while_replicas_come_settings_change_and_replicas_go(
+    client: httpx.Client, server: RayServe, archives: dict[str, Path]
+) -> None:
+    png = bad_images.png(random.Random(4))
+    with Load(client) as load:
+        server.deploy(application(archives, replicas=2))
+        # One is drained; the one that is left has other settings from now on.
+        server.deploy(application(archives, replicas=1, batch_size=4, settings={"top_k": 1}))
+        assert {len(client.post("/predictions/mnist", content=png).json()["top_k"]) for _ in range(8)} == {1}
+    assert len(load.statuses) > 50
+    assert set(load.statuses) == {200}
