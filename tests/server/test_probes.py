@@ -1,4 +1,4 @@
-"""What docs/deployment.md and docs/operations.md say of probes, full queues, keys and logs, seen on a real TorchServe."""
+"""What docs/deployment.md and operations.md say of probes, full queues, keys and logs, seen on a real TorchServe."""
 
 from __future__ import annotations
 
