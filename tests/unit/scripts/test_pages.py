@@ -27,6 +27,7 @@ REASONS = (
     "minutes",
     "a running server",
     "a running production server",
+    "a Java development kit",
     "members of your own",
 )
 # Page -> part of a block -> the test that runs it. An empty part stands for all blocks of the page.
@@ -43,6 +44,16 @@ RUN_BY: dict[str, dict[str, str]] = {
         "GrpcClient": "tests/server/test_serving.py::test_the_clients_of_the_package",
         "vmap_ensemble.client": "tests/unit/client/test_clients.py::test_the_blocks_of_the_page_run",
     },
+    "docs/deployment.md": {
+        "openssl": "tests/server/test_deployment_page.py::running",
+        "export TEMP": "tests/server/test_deployment_page.py::running",
+        "--foreground": "tests/server/test_deployment_page.py::running",
+        "key=": "tests/server/test_deployment_page.py::test_a_key_and_the_certificate_open_predictions",
+        "api=": "tests/server/test_deployment_page.py::test_another_key_is_made",
+        "health https": "tests/server/test_deployment_page.py::test_health_is_asked_with_a_key",
+        "health http:": "tests/server/test_probes.py::test_the_line_of_the_page_is_healthy",
+    },
+    "docs/monitoring.md": {"curl": "tests/server/test_probes.py::test_the_line_of_the_page_gives_metrics"},
     "docs/from_torchserve.md": {
         "torch-model-archiver": "tests/server/test_from_torchserve.py::images",
         "ens --handler": "tests/server/test_from_torchserve.py::images",
