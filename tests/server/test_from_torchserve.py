@@ -79,6 +79,8 @@ def test_one_archive_answers_the_mean_of_the_others(images: Path) -> None:
         asked = subprocess.run(["bash", "-ec", words], cwd=ROOT, capture_output=True, text=True, check=True)
         member = server.predict(content=picture, headers={"X-Ensemble-Subset": "seed1"}).json()
         assert server.describe()["batchSize"] == 4
+        assert server.predict("m0", content=b"no picture").status_code == 503
+        assert server.predict(content=b"no picture").status_code == 415
     together = json.loads(asked.stdout)
     assert len(together) == len(member) == 5
     assert member == pytest.approx(alone[1], abs=1e-4)
