@@ -39,7 +39,7 @@ from archiver.tokenizers import check_tokenizer, fit_tokenizer, set_lower_case
 from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
 from archiver.worker_config import config_name, describe_worker, read_worker_config
 from vmap_ensemble.archive.settings import known_keys, parse_settings
-from vmap_ensemble.errors import ArchiveError, MemberError
+from vmap_ensemble.errors import ArchiveError, OtherArchitecture
 from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture
 from vmap_ensemble.models.text_modes import DEFAULT_MODE, is_labelled
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER, read_config
@@ -221,9 +221,9 @@ def _survey(request: ArchiveRequest, sources: list[Source], console: Console, as
         options = (folder, request.allow_nan, step, request.checkpoint_weights)
         try:
             return survey_members(sources, architecture, num_classes, *options)
-        except MemberError as error:
+        except OtherArchitecture as error:
             told = describe_assumption(architecture, assumed, sources, request.checkpoint_weights)
-            raise MemberError(f"{error}{told}") from None
+            raise OtherArchitecture(f"{error}{told}") from None
 
 
 def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path, console: Console) -> TracedMembers:

@@ -6,7 +6,8 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,7 +262,8 @@ def _converted(state: State, model: nn.Module) -> State | None:
     options = {"config": copy.deepcopy(model.config), "state_dict": dict(state), "dtype": dtype}
     read: Any = type(model).from_pretrained
     try:
-        made, info = read(None, output_loading_info=True, **options)
+        with _quiet_transformers():
+            made, info = read(None, output_loading_info=True, **options)
     except Exception:  # whatever a conversion raises that lacks a tensor: the comparison of keys says what is wrong
         return None
     known = model.state_dict()
@@ -270,6 +272,22 @@ def _converted(state: State, model: nn.Module) -> State | None:
         return None
     found: State = {key: tensor for key, tensor in made.state_dict().items() if key in known}
     return found
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the table of missing keys that transformers prints: our own line says what is wrong."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _is_spare(key: str, tensor: Tensor) -> bool:

@@ -46,6 +46,10 @@ FOREIGN_SUFFIXES = (
 )
 
 
+# How transformers calls one of several files of weights.
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
 @dataclass(frozen=True)
 class _Found:
     """What a spec stands for: the file, what names come from, how it is shown, the Hugging Face directory."""
@@ -223,6 +227,11 @@ def _found(paths: Iterable[Path]) -> list[_Found]:
     found = []
     for path in sorted(paths, key=natural):
         if path.is_file():
+            if SHARD.search(path.name):
+                raise ArchiveError(
+                    f"member '{_shown(path)}': one shard of a checkpoint in several files; write one file with "
+                    "model.save_pretrained(folder, max_shard_size='1000GB')"
+                )
             found.append(_Found(path, path, _shown(path)))
         elif (folder := find_directory(path)) is not None and (weights := find_weights(folder)) is not None:
             found.append(_Found(weights, path, _shown(path), folder))

@@ -19,6 +19,10 @@ class MemberError(EnsembleError):
     """A member can't be read, or doesn't fit the architecture or the other members."""
 
 
+class OtherArchitecture(MemberError):
+    """A member that was read whole has keys or shapes of another architecture, and nothing else explains them."""
+
+
 class LoadError(EnsembleError):
     """An archive can't be loaded or fails the proof that its forward equals the members' own."""
 

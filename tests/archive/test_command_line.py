@@ -217,6 +217,26 @@ def test_nothing_is_offered_where_nothing_fits(tmp_path: Path) -> None:
     assert guess.find_fitting(source) == ["torchvision:resnet18"]
 
 
+def test_an_architecture_is_not_blamed_for_what_a_file_holds(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project.folder / "setup_config.json").unlink()
+    state = squeezenet1_1(num_classes=10).state_dict()
+    other = {key: value + 1 for key, value in state.items()}
+    lora = {f"base.{key}": value for key, value in state.items()} | {"base.lora_A.weight": torch.ones(2)}
+    for name, value in (("two.pt", {"model": state, "ema": other}), ("whole.pt", [state]), ("lora.pt", lora)):
+        project.save(name, value)
+        assert project.run("tiny", "--members", name, "--handler", "resnet_handler.py") == 1
+        assert "architecture" not in capsys.readouterr().err
+
+
+def test_a_shard_alone_is_named(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model-00001-of-00002.safetensors"
+    (project.folder / name).write_bytes(b"")
+    assert project.run("tiny", "--members", name) == 1
+    assert f"member '{name}': one shard of a checkpoint in several files" in capsys.readouterr().err
+
+
 # --- batching by default, and loaded once ----------------------------------------------------------------------
 
 

@@ -370,3 +370,15 @@ def test_traced_members_take_no_samples(scripted: Project, capsys) -> None:
     assert "samples: traced members have the precision that they were traced in" in error
     assert error.count("\n") == 1
     assert scripted.leftovers() == []
+
+
+def test_transformers_is_quiet_only_while_keys_are_tried() -> None:
+    from transformers.utils import logging
+
+    from archiver.pretrained import _quiet_transformers
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with _quiet_transformers():
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -1,7 +1,10 @@
-"""What docs/operations.md says of probes, full queues, keys and logs, seen on a real TorchServe."""
+"""What docs/deployment.md and operations.md say of probes, full queues, keys and logs, seen on a real TorchServe."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +46,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
 def test_a_worker_that_answers_is_healthy(server: TorchServe, capsys: pytest.CaptureFixture[str]) -> None:
     assert health([f"{server.inference_url}/predictions/ens", "--input", DIGIT, "--timeout", "30"]) == 0
     assert capsys.readouterr().out.startswith("healthy: answered in ")
+
+
+def lines_of(page: str, start: str) -> list[str]:
+    return re.findall(rf"^    ({re.escape(start)}.*)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+
+
+def test_the_line_of_the_page_is_healthy(server: TorchServe) -> None:
+    (line,) = lines_of("deployment.md", "vmap-ensemble health http:")
+    words = shlex.split(line.replace("http://127.0.0.1:8080", server.inference_url).replace("data/", f"{ROOT}/data/"))
+    assert health(words[2:]) == 0
+
+
+def test_the_line_of_the_page_gives_metrics(server: TorchServe) -> None:
+    server.predict(content=Path(DIGIT).read_bytes())
+    (line,) = lines_of("monitoring.md", "curl")
+    words = shlex.split(line.replace("http://127.0.0.1:8082", server.metrics_url))
+    done = subprocess.run([*words, "-sS"], capture_output=True, text=True, timeout=60)
+    assert "EnsembleForwardTime_count" in done.stdout, done.stderr
 
 
 def test_one_that_is_too_slow_is_not(server: TorchServe, capsys: pytest.CaptureFixture[str]) -> None:

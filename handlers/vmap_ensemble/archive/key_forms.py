@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from vmap_ensemble.core.states import State, renamed
-from vmap_ensemble.errors import MemberError
+from vmap_ensemble.errors import MemberError, OtherArchitecture
 
 Fit = Callable[[State], State]
 
@@ -33,7 +33,8 @@ def fit_member(label: str, state: State, known: set[str], fit: Fit) -> State:
         fit: Makes of a form what is archived, or raises MemberError.
 
     Raises:
-        MemberError: None fits: what is wrong with the form that has most of the architecture's keys.
+        MemberError: None fits, and it is known why: a part of the keys alone fits, or the weights are not plain.
+        OtherArchitecture: None fits: what is wrong with the form that has most of the architecture's keys.
     """
     closest: tuple[int, MemberError] | None = None
     for form in _forms(state):
@@ -52,7 +53,10 @@ def fit_member(label: str, state: State, known: set[str], fit: Fit) -> State:
             f"below {', '.join(others[:4]) or 'the other'}; --weights {fitting[0]} (key 'checkpoint_weights') takes "
             f"those below {fitting[0]} alone"
         ) from None
-    raise MemberError(f"{best}{_hint(state, known)}") from None
+    hint = _hint(state, known)
+    if hint:
+        raise MemberError(f"{best}{hint}") from None
+    raise OtherArchitecture(str(best)) from None
 
 
 def _forms(state: State) -> Iterator[State]:

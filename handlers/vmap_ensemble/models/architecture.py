@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -252,9 +253,13 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise SettingsError(f"{path.name}: can't be imported")
     module = importlib.util.module_from_spec(spec)
+    # A file of helpers beside it is found while it is imported, as beside a handler.
+    sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         # Any error at all may come out of a user's own file.
         raise SettingsError(f"{path.name}: importing it fails ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(str(path.parent))
     return module

@@ -58,7 +58,7 @@ def answer_batch(ensemble: Ensemble, batch: Sequence[Incoming], record: Record =
     Args:
         ensemble: What is asked.
         batch: Predictions share one forward; explanations and descriptions may lie among them.
-        record: Called with what happened, under the names of docs/operations.md.
+        record: Called with what happened, under the names of docs/monitoring.md.
 
     Returns:
         One reply per request, in the order of the requests.
