@@ -57,6 +57,8 @@ class ArchiveRequest:
     max_changed_predictions: float = MAX_CHANGED_PREDICTIONS
     # Whether the forward is compiled ahead of time and packed as native code.
     compile: bool = False
+    # Whether an ONNX graph of all members is packed.
+    onnx: bool = False
     # Which weights to take of checkpoints that hold several, such as `ema`.
     checkpoint_weights: str | None = None
     # Whether the archive is loaded once before it is done.
@@ -110,6 +112,7 @@ def make_request(
     weights: str | None = None,
     allow_nan: bool = False,
     compile: bool = False,
+    onnx: bool = False,
     no_check: bool = False,
 ) -> ArchiveRequest:
     """Join one block with the command line, which wins.
@@ -166,6 +169,7 @@ def make_request(
         max_changed_predictions=_share(name, given.get("max_changed_predictions", MAX_CHANGED_PREDICTIONS)),
         checkpoint_weights=weights or _text(name, given, "checkpoint_weights"),
         compile=compile,
+        onnx=onnx,
         check=not no_check,
     )
 

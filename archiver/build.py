@@ -26,6 +26,7 @@ from archiver.compile import check_compiler, compile_archive
 from archiver.guess import describe_assumption
 from archiver.handler_facts import architecture_of, check_block, load_handler
 from archiver.kernels import add_kernels
+from archiver.onnx_graph import check_exporter, pack_graph
 from archiver.pack import pack_archive, settings_of, target_path
 from archiver.precision import check_precision, judge_precision
 from archiver.preprocessing import claimed_preprocessing
@@ -68,6 +69,8 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     check_files(request)
     if request.compile:
         check_compiler()  # before minutes of other work
+    if request.onnx:
+        check_exporter()
     handler = load_handler(request.handler)
     where = f"setup_config.json, block '{request.name}'"
     check_block(request.settings, handler, where)
@@ -83,8 +86,9 @@ def _build(
     request = _with_pretrained(request, handler, sources, scratch, console)
     survey: Survey | TracedMembers
     if is_traced(request.settings):
-        if request.compile:
-            raise ArchiveError(f"'{request.name}': --compile: traced members can't be compiled; leave it away")
+        if request.compile or request.onnx:
+            asked = "--compile" if request.compile else "--onnx"
+            raise ArchiveError(f"'{request.name}': {asked}: traced members run as they are; leave it away")
         if request.samples:
             raise ArchiveError(
                 f"'{request.name}': samples: traced members have the precision that they were traced in, and are "
@@ -100,7 +104,7 @@ def _build(
         check_block(settings_of(request, survey.num_classes), handler, f"archive '{request.name}'")
         show_survey(console, request.name, survey)
     runs = []
-    more = (3 if request.samples else 0) + (2 if request.compile else 0) + (1 if request.check else 0)
+    more = (3 if request.samples else 0) + (2 if request.compile else 0) + request.onnx + (1 if request.check else 0)
     with _progress(console, f"pack {request.name}", len(sources) + 2 + more) as step:
 
         def complete(stage: Path) -> None:
@@ -110,6 +114,9 @@ def _build(
                 show_precision(console, found)
             if request.compile:
                 compile_archive(handler, request, stage, step)
+            if request.onnx:
+                step("export one ONNX graph of all members")
+                pack_graph(handler, stage)
             worker = read_worker_config(stage / config_name(request), config_name(request))
             runs.append(("serving", describe_worker(worker)))
             if request.check:

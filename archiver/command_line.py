@@ -30,6 +30,7 @@ examples:
   ./archive.sh resnet_ens --samples photos/              (with "quantization": "int8", or another dtype)
   ./archive.sh --all --force
   ./archive.sh resnet_ens --compile --force
+  ./archive.sh bert_ens --onnx --force
   ./archive.sh --check model_store/resnet_ens.mar data/images/sample.jpg
 
 exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 weights can't be fetched
@@ -64,6 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
     add("--no-check", action="store_true", help="don't load the archive once before it is done")
     add("--compile", action="store_true", help="pack the forward as native code as well, for this kind of processor")
+    add("--onnx", action="store_true", help="pack the members as one ONNX graph as well, for other engines")
     add("--output", type=Path, default=HOME / "model_store", metavar="DIR", help="default: model_store")
     add("--config", type=Path, default=HOME / "setup_config.json", metavar="FILE", help="the blocks")
     add("--check", nargs="+", metavar=("MAR", "INPUT"), help="run an archive's handler on one request")
@@ -108,4 +110,4 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says instead of a block: keywords of `make_request`."""
-    return {name: getattr(options, name) for name in (*OF_ONE, "allow_nan", "compile", "no_check")}
+    return {name: getattr(options, name) for name in (*OF_ONE, "allow_nan", "compile", "onnx", "no_check")}

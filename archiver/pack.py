@@ -31,6 +31,7 @@ from vmap_ensemble.core.members import Member
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
+from vmap_ensemble.execution.onnx.packages import ONNX_FOLDER
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 from vmap_ensemble.version import __version__
 
@@ -38,7 +39,7 @@ PACKAGE = "vmap_ensemble"
 # Made by the archiver in every archive; an extra file of that name would replace it in silence.
 RESERVED_NAMES = (
     *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PACKAGE, LABELS_FILE, PRETRAINED_FOLDER, PRECISION_FILE),
-    *(COMPILED_FOLDER, CHOICES_FOLDER, "MAR-INF"),
+    *(COMPILED_FOLDER, ONNX_FOLDER, CHOICES_FOLDER, "MAR-INF"),
 )
 
 Step = Callable[[str], None]

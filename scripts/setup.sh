@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
     cat <<'TEXT'
-usage: scripts/setup.sh [dev] [bert] [bench] [demo] [docs]
+usage: scripts/setup.sh [dev] [bert] [bench] [demo] [docs] [onnx]
 Makes .venv with what serving needs, plus the named groups (requirements-GROUP.txt). Log: .run/setup.log
 PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12); otherwise the first of python3.11,
 python3.12, python3.10, python3 that fits is taken.
@@ -49,7 +49,7 @@ install_group() {
 # The project itself, as it lies here: an edit of it needs no new install. What it depends on is pinned above.
 install_project() {
     local stamp="$VENV/.stamp-project" hash
-    hash=$(cat "$ROOT/pyproject.toml" <(cd "$ROOT" && find handlers archiver fastertransformer quality -name __init__.py | sort) |
+    hash=$(cat "$ROOT/pyproject.toml" <(cd "$ROOT" && find handlers archiver fastertransformer optimise quality -name __init__.py | sort) |
         "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return 0
     run_quietly "Installing the project into .venv" "$RUN/setup.log" \
@@ -80,8 +80,8 @@ main() {
     for group in "$@"; do
         case $group in
             -h | --help) usage && return 0 ;;
-            dev | bert | bench | demo | docs) ;;
-            *) fail "unknown group $group: expected dev, bert, bench, demo or docs" ;;
+            dev | bert | bench | demo | docs | onnx) ;;
+            *) fail "unknown group $group: expected dev, bert, bench, demo, docs or onnx" ;;
         esac
     done
     make_environment

@@ -32,7 +32,6 @@ from vmap_ensemble.description import Description
 from vmap_ensemble.errors import ItemError, UnfitItem, numbered
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
-from vmap_ensemble.execution.compiled.packages import COMPILED_FILE
 from vmap_ensemble.execution.modes import Execution, prove
 from vmap_ensemble.execution.register import ExecutionOptions
 from vmap_ensemble.many import Numbered, Windows, answer_window, find_batch, load_windows, open_item
@@ -43,6 +42,7 @@ from vmap_ensemble.starting import (
     ProvedAtFirst,
     choose_execution,
     depends_on_neighbours,
+    find_packed,
     make_place,
     read_weights,
 )
@@ -92,6 +92,7 @@ class Ensemble:
         self.names = forward.members.names
         self.timed = timed or Phases()
         self.run: Callable[..., Any] = ChunkedRun(execution, len(self.names), forward.part)
+        self._packed = find_packed(task.place.folder)
         self.identity = identify(task.place.folder) if task.place.folder else None
         self._hashes = {member.name: member.sha256 for member in forward.members.members}
         self.member_weights = read_weights(self.settings, self.names).to(task.place.device)
@@ -444,9 +445,11 @@ class Ensemble:
     def fallbacks(self) -> list[str]:
         """What serves in a slower way than the archive was made for; candidates that `auto` merely tried are none."""
         found = ["rows run alone"] if self.alone else []
-        packed = self.task.place.folder is not None and (self.task.place.folder / COMPILED_FILE).is_file()
-        refused = [candidate.name for candidate in self.execution.candidates if candidate.refused]
-        return [*found, *["compiled refused"] * (packed and "compiled" in refused)]
+        refused = {candidate.name for candidate in self.execution.candidates if candidate.refused}
+        for name, modes in {"compiled": {"compiled"}, "onnx": {"onnxruntime", "openvino"}}.items():
+            if self._packed[name] and modes <= refused:
+                found.append(f"{name} refused")
+        return found
 
     def describe(self) -> Description:
         """Members with SHA-256, dtype, device, how the forward is run and why, the proof, labels."""

@@ -19,6 +19,7 @@ from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
 from vmap_ensemble.execution.modes import Execution
+from vmap_ensemble.execution.onnx.packages import ONNX_FILE
 from vmap_ensemble.execution.register import ExecutionOptions
 from vmap_ensemble.process.cache import CACHE
 from vmap_ensemble.process.device import choose_device, choose_dtype, set_float32_precision
@@ -61,9 +62,8 @@ def choose_execution(task: Task, forward: Forward, batch_sizes: Sequence[int]) -
     """
     settings, folder = task.settings, task.place.folder
     hashes = "".join(member.sha256 for member in forward.members.members)
-    compiled_file = folder / COMPILED_FILE if folder else None
-    compiled = compiled_file.read_bytes() if compiled_file and compiled_file.is_file() else b""
-    chosen_for = f"{__version__} {settings.dtype} {hashes}".encode() + compiled
+    compiled, onnx = (_read(folder, name) for name in (COMPILED_FILE, ONNX_FILE))
+    chosen_for = f"{__version__} {settings.dtype} {hashes}".encode() + compiled + onnx
     options = ExecutionOptions(
         budget_s=settings.execution_budget_s,
         tolerance=settings.tolerance,
@@ -72,9 +72,22 @@ def choose_execution(task: Task, forward: Forward, batch_sizes: Sequence[int]) -
         archive_sha=hashlib.sha256(chosen_for).hexdigest(),
         sample=task.collate(task.sample_examples(SAMPLE_BATCH)),
         packed=(lambda: CompiledForward(folder, forward.members, task.input_shape)) if folder and compiled else None,
+        graph_folder=folder if onnx else None,
     )
     examples = [task.collate(task.sample_examples(size)) for size in sorted({1, *batch_sizes})]
     return build_execution(settings.execution, forward, examples, options)
+
+
+def find_packed(folder: Path | None) -> dict[str, bool]:
+    """Which forwards an archive brings beside its members."""
+    files = {"compiled": COMPILED_FILE, "onnx": ONNX_FILE}
+    return {name: folder is not None and (folder / file).is_file() for name, file in files.items()}
+
+
+def _read(folder: Path | None, name: str) -> bytes:
+    """A file of an archive; empty where it brings none."""
+    path = folder / name if folder else None
+    return path.read_bytes() if path and path.is_file() else b""
 
 
 @torch.inference_mode()

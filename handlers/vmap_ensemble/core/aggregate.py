@@ -89,6 +89,57 @@ def combine_classes(
     Raises:
         ValueError: The shapes don't match.
     """
+    parts = combine(outputs, weights, method, temperature, kind)
+    combined, mixture, share = parts.probabilities, parts.mixture, parts.share
+    if method == "mean_probability":
+        ranked, ranking = mixture.sort(dim=-1, descending=True, stable=True)
+    else:
+        ranking = rank(combined, mixture, TIE if method == "majority_vote" else 0.0)
+        ranked = combined.gather(-1, ranking)
+    total = entropy(mixture)
+    expected = (share * entropy(parts.member_probabilities)).sum(0)
+    return ClassPrediction(
+        probabilities=combined,
+        mixture=mixture,
+        ranking=ranking,
+        ranked_probabilities=ranked,
+        member_probabilities=parts.member_probabilities,
+        member_votes=parts.votes,
+        member_top_probabilities=parts.vote_probabilities,
+        used=share > 0,
+        finite=parts.finite,
+        predictive_entropy=total,
+        expected_entropy=expected,
+        mutual_information=(total - expected).clamp_min(0),
+        agreement=agreement(share, parts.votes, ranking[:, 0]),
+    )
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a prediction is made of before anything is ranked; the names are those of `ClassPrediction`.
+
+    Attributes:
+        votes: (M, B) int64.
+        vote_probabilities: (M, B).
+        share: (M, B), the weights of the usable members, summing to 1.
+    """
+
+    probabilities: Tensor
+    mixture: Tensor
+    member_probabilities: Tensor
+    votes: Tensor
+    vote_probabilities: Tensor
+    finite: Tensor
+    share: Tensor
+
+
+def combine(outputs: Tensor, weights: Tensor, method: Method, temperature: float, kind: OutputKind) -> Combined:
+    """The part of `combine_classes` that sorts nothing, which exporters can read; its arguments are the same.
+
+    Raises:
+        ValueError: The shapes don't match.
+    """
     if outputs.dim() != 3 or weights.shape != outputs.shape[:2]:
         raise ValueError(
             f"expected logits (M, B, C) and weights (M, B), got {tuple(outputs.shape)} and {tuple(weights.shape)}"
@@ -100,32 +151,17 @@ def combine_classes(
     own_probabilities = own.exp().nan_to_num(nan=0.0)
     votes = own_probabilities.max(-1)
     share = share_weights(weights, finite)
-    mixture = mix(share, own_probabilities)
-    if method == "mean_probability":
-        combined = mixture
-        ranked, ranking = mixture.sort(dim=-1, descending=True, stable=True)
-    else:
-        is_vote = method == "majority_vote"
-        combined = _count_votes(votes.indices, share, mixture) if is_vote else _mean_logit(own, share, mixture)
-        ranking = rank(combined, mixture, TIE if is_vote else 0.0)
-        ranked = combined.gather(-1, ranking)
-    total = entropy(mixture)
-    expected = (share * entropy(own_probabilities)).sum(0)
-    return ClassPrediction(
-        probabilities=combined,
-        mixture=mixture,
-        ranking=ranking,
-        ranked_probabilities=ranked,
-        member_probabilities=own_probabilities,
-        member_votes=votes.indices,
-        member_top_probabilities=votes.values,
-        used=share > 0,
-        finite=finite,
-        predictive_entropy=total,
-        expected_entropy=expected,
-        mutual_information=(total - expected).clamp_min(0),
-        agreement=(share * (votes.indices == ranking[:, 0])).sum(0).clamp_max(1),
-    )
+    combined = mixture = mix(share, own_probabilities)
+    if method == "majority_vote":
+        combined = _count_votes(votes.indices, share, mixture)
+    elif method == "mean_logit":
+        combined = _mean_logit(own, share, mixture)
+    return Combined(combined, mixture, own_probabilities, votes.indices, votes.values, finite, share)
+
+
+def agreement(share: Tensor, votes: Tensor, winner: Tensor) -> Tensor:
+    """(M, B) shares and votes, (B,) the ensemble's choice -> (B,), the share of the members that voted for it."""
+    return (share * (votes == winner)).sum(0).clamp_max(1)
 
 
 def scale(logits: Tensor, temperature: float) -> Tensor:
@@ -244,5 +280,5 @@ def _count_votes(votes: Tensor, share: Tensor, mixture: Tensor) -> Tensor:
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Shannon entropy along the last axis in nats; 0 log 0 is 0. (..., C) in 0..1 -> (...), never below 0."""
-    summed: Tensor = torch.special.entr(probabilities).sum(-1)
-    return summed
+    # Not torch.special.entr, which the ONNX exporter can't take apart; from 0, since -0.0 would be written as it is.
+    return 0.0 - torch.xlogy(probabilities, probabilities).sum(-1)

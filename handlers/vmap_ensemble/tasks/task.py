@@ -190,6 +190,11 @@ class Task:
         return self.architecture_of(self.settings)
 
     @property
+    def combines_classes(self) -> bool:
+        """Whether an answer is one of C classes, as `combine_classes` finds it; no where `answers` is one's own."""
+        return type(self).answers is Task.answers
+
+    @property
     def item_keys(self) -> tuple[str, ...] | None:
         """Keys that an item which is an object may have; None: any, as where `parse` is one's own."""
         return ITEM_KEYS if type(self).parse is Task.parse else None

@@ -68,34 +68,51 @@ def export_members(forward: EnsembleForward, args: Sequence[Any]) -> MembersGrap
     """
     names = forward.argument_names(args)
     given = [arg for arg in args if isinstance(arg, Tensor)]
-    member = _OneMember(forward, args).eval()
-    axes = tuple(_axes(arg) for arg in given)
+    member = OneMember(forward, args).eval()
+    axes = free_axes(given)
+    return _repeat(export_module(member, given, names, (axes,)), forward, tuple(member.names))
+
+
+def export_module(module: nn.Module, args: Sequence[Tensor], names: Sequence[str], axes: tuple[Any, ...]) -> ir.Model:
+    """A module as ONNX, its weights under their own names.
+
+    Args:
+        module: In eval mode.
+        args: What it is called with.
+        names: Of the inputs.
+        axes: For each parameter of `forward` the axes that may have any size, as torch.export wants it.
+
+    Raises:
+        LoadError: It can't be exported, in the exporter's first line.
+    """
+    what = type(getattr(module, "model", module)).__name__
     with torch.no_grad(), _quiet_exporter():
         try:
             program = torch.onnx.export(
-                member, tuple(given), dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
-                input_names=names, dynamic_shapes=(axes,),
+                module, tuple(args), dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
+                input_names=list(names), dynamic_shapes=axes,
             )  # fmt: skip
         except Exception as error:  # whatever an exporter may raise; its text names the operator or the line
             told = first_line(error.__cause__ or error)
-            raise LoadError(f"{type(forward.model).__name__} can't be exported to ONNX: {told}") from error
+            raise LoadError(f"{what} can't be exported to ONNX: {told}") from error
     if program is None:
-        raise LoadError(f"{type(forward.model).__name__} can't be exported to ONNX")
-    return _repeat(program.model, forward, tuple(member.names))
+        raise LoadError(f"{what} can't be exported to ONNX")
+    return program.model
 
 
-class _OneMember(nn.Module):
-    """The first member, called on tensors alone; its outputs' tensors in the order of torch's pytree.
+class OneMember(nn.Module):
+    """One member, called on tensors alone; its outputs' tensors in the order of torch's pytree.
 
     Args:
         forward: Gives model and weights.
         args: Of a batch; those that are no tensors are constants.
+        index: Which member.
     """
 
-    def __init__(self, forward: EnsembleForward, args: Sequence[Any]) -> None:
+    def __init__(self, forward: EnsembleForward, args: Sequence[Any], index: int = 0) -> None:
         super().__init__()
         model = forward.plain_model()
-        model.load_state_dict(forward.member_state(0), assign=True, strict=False)
+        model.load_state_dict(forward.member_state(index), assign=True, strict=False)
         self.model = model.eval().requires_grad_(False)
         self._forward, self._args = [forward], list(args)  # in a list: no submodule
         with torch.no_grad():
@@ -112,18 +129,51 @@ class _OneMember(nn.Module):
         return [leaf for leaf in pytree.tree_leaves(self._call(*args)) if isinstance(leaf, Tensor)]
 
 
+class AllMembers(nn.Module):
+    """All members one after another, called on tensors alone: their outputs (M, B, ...), and what is made of them.
+
+    Args:
+        forward: Gives model and weights.
+        args: Of a batch.
+    """
+
+    def __init__(self, forward: EnsembleForward, args: Sequence[Any]) -> None:
+        super().__init__()
+        count = len(forward.members.names)
+        self.members = nn.ModuleList(OneMember(forward, args, index) for index in range(count))
+        self.names: list[str] = self.members[0].names  # type: ignore[assignment]
+        self._answered = 0
+        self._answers: nn.Module | None = None
+
+    def answer(self, number: int, answers: nn.Module) -> None:
+        """Also give what a module makes of the output with this number."""
+        self._answered, self._answers = number, answers
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        """Run every member on the same batch."""
+        rows = [member(*tensors) for member in self.members]
+        outputs = [torch.stack(leaves) for leaves in zip(*rows, strict=True)]
+        return outputs if self._answers is None else [*outputs, *self._answers(outputs[self._answered])]
+
+
 def _name(path: tuple[Any, ...]) -> str:
     """What an output is called: `logits` of a mapping, `output` of a tensor alone, `output_1` of a tuple."""
     parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
     return "_".join(["output", *parts] if not parts or parts[0].isdigit() else parts)
 
 
-def _axes(tensor: Tensor) -> dict[int, Any]:
-    """Which of an argument's axes may have any size."""
-    axes = {0: torch.export.Dim("batch")}
-    if tensor.dim() == 2 and not tensor.is_floating_point():
-        axes[1] = torch.export.Dim("length")
-    return axes
+def free_axes(args: Sequence[Tensor], bounded: bool = False) -> tuple[dict[int, Any], ...]:
+    """For each argument the axes that may have any size: the batch, and the length of what is whole numbers.
+
+    Args:
+        args: Of a batch.
+        bounded: Whether torch.export finds the sizes' bounds by itself: positions end somewhere.
+    """
+    dim = torch.export.Dim
+    batch, length = (dim.AUTO, dim.AUTO) if bounded else (dim("batch"), dim("length"))
+    return tuple(
+        {0: batch, 1: length} if arg.dim() == 2 and not arg.is_floating_point() else {0: batch} for arg in args
+    )
 
 
 def _repeat(one: ir.Model, forward: EnsembleForward, names: tuple[str, ...]) -> MembersGraph:

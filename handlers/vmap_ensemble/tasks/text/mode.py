@@ -95,6 +95,17 @@ class TextMode(ABC):
     ) -> list[Answer | ItemError]:
         """Turn the outputs of all members, rows in the order of the windows, into one answer per example."""
 
+    # Whether the answer is one of C classes, combined as `combine_classes` does.
+    combines_classes: bool = False
+
+    def probabilities(self, outputs: Any, weights: Tensor) -> Tensor:
+        """The ensemble's probability of each class, (B, C), from the outputs of all members; weights are (M, B).
+
+        Raises:
+            NotOffered: The mode has no classes of a text.
+        """
+        raise NotOffered(f"mode '{self.settings.mode}' of these members has no probabilities of classes")
+
     # What a request calls the first and the second text.
     fields: tuple[str, str] = ("text", "text_pair")
     # A token that an explanation's baseline keeps; -1 is none.

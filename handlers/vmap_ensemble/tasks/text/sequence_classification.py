@@ -21,6 +21,8 @@ from vmap_ensemble.tasks.text.settings import TextSettings
 class SingleLabel(TextMode):
     """Exactly one label per text: the answer of every classifier."""
 
+    combines_classes = True
+
     def __init__(self, *args: Any, **limits: Any) -> None:
         super().__init__(*args, **limits)
         self.class_answers = ClassAnswers(self.settings, self.names, self.labels)
@@ -34,6 +36,11 @@ class SingleLabel(TextMode):
     ) -> list[Answer | ItemError]:
         """Answer a batch from its logits (M, B, C)."""
         return self.class_answers(outputs["logits"], weights, options)
+
+    def probabilities(self, outputs: Any, weights: Tensor) -> Tensor:
+        """They sum to 1."""
+        settings = self.settings
+        return combine_classes(outputs["logits"], weights, settings.aggregation, settings.temperature).probabilities
 
     def targets(self, outputs: Any, weights: Tensor, options: Options, example: TextExample) -> list[Target]:
         """The classes that are asked for; the predicted one by default."""
@@ -57,6 +64,14 @@ class SingleLabel(TextMode):
 
 class MultiLabel(SingleLabel):
     """Any number of labels per text, each yes or no on its own."""
+
+    combines_classes = False
+
+    def probabilities(self, outputs: Any, weights: Tensor) -> Tensor:
+        """Of each label on its own."""
+        finite = outputs["logits"].isfinite().all(-1)
+        own = torch.where(finite[..., None], self.summand(outputs["logits"]), 0.0)
+        return mix(share_weights(weights, finite), own)
 
     @property
     def explains(self) -> str:
@@ -134,6 +149,12 @@ class MultiLabel(SingleLabel):
 
 class Regression(SingleLabel):
     """Numbers: their mean over the members and its standard deviation."""
+
+    combines_classes = False
+
+    def probabilities(self, outputs: Any, weights: Tensor) -> Tensor:
+        """None: numbers have no probabilities."""
+        return TextMode.probabilities(self, outputs, weights)
 
     def __init__(self, *args: Any, **limits: Any) -> None:
         super().__init__(*args, **limits)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vmap_ensemble.archive.labels import read_labels
 from vmap_ensemble.archive.settings import Settings
@@ -113,6 +114,16 @@ class TextTask(Task):
     ) -> list[Answer | ItemError]:
         """The mode's answers; TorchServe's plain form is for classifiers."""
         return self.mode.answers(outputs, weights, options, examples)
+
+    def probabilities(self, outputs: Any, weights: Tensor) -> Tensor:
+        """The mode's, (B, C): of classes that sum to 1, or of labels each on its own."""
+        rows = next(leaf.shape[1] for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
+        return self.mode.probabilities(outputs, weights.expand(-1, rows))
+
+    @property
+    def combines_classes(self) -> bool:
+        """Whether the mode's answer is one of C classes."""
+        return self.mode.combines_classes
 
     def sample_examples(self, count: int) -> list[TextExample]:
         """The mode's own sample items, of different lengths."""

@@ -1,0 +1,254 @@
+"""Turns an archive into one file for other runtimes: all members, their aggregation and their uncertainty.
+
+    vmap-ensemble export model_store/resnet_ens.mar --to onnx --output ens.onnx
+    vmap-ensemble export model_store/resnet_ens.mar --to pt2 --output ens.pt2
+
+The file is read again and compared with the ensemble before it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vmap_ensemble.ensemble import Ensemble
+
+EPILOG = """\
+outputs: the model's own of all members, (M, batch, ...); of classifiers also probabilities (batch, classes),
+predictive_entropy, expected_entropy, mutual_information (nats), agreement (batch,), and member_probabilities.
+"""
+# Largest difference of any output to the ensemble's that a file may have.
+TOLERANCE = 1e-4
+FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",)}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file and what was found about it: names of inputs and outputs, bytes, largest difference to the ensemble."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    size_bytes: int
+    difference: float
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with 2 when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="vmap-ensemble export",
+        description="Write all members with their aggregation as one file, for ONNX's runtimes or torch.export's.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("archive", type=Path, metavar="MAR", help="what ./archive.sh built")
+    add("--to", choices=tuple(FORMATS), required=True, help="the format")
+    add("--output", type=Path, required=True, metavar="FILE", help="such as ens.onnx")
+    add("--force", action="store_true", help="replace a file that exists")
+    options = parser.parse_args(arguments)
+    if options.output.suffix not in FORMATS[options.to]:
+        parser.error(f"--output: expected a name that ends in {FORMATS[options.to][0]}, got {options.output.name}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 refused."""
+    options = parse_arguments(arguments)
+    from vmap_ensemble.errors import EnsembleError  # what follows imports torch
+
+    try:
+        if options.output.exists() and not options.force:
+            raise EnsembleError(f"{options.output.name}: exists; --force replaces it")
+        from vmap_ensemble.ensemble import Ensemble
+
+        ensemble = Ensemble.load(options.archive, execution="eager", device="cpu", dtype="fp32")
+        exported = export(ensemble, options.to, options.output)
+    except EnsembleError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"export: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 1
+    _show(options.output, ensemble, exported)
+    return 0
+
+
+def export(ensemble: Ensemble, to: str, path: Path) -> Exported:
+    """Write an ensemble as one file.
+
+    Args:
+        ensemble: Its members in float32 on the CPU.
+        to: `onnx` or `pt2`.
+        path: The file; a large ONNX graph has its weights in `path`.data beside it.
+
+    Raises:
+        EnsembleError: The members can't be exported, a package is missing, or the file answers otherwise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="export-", dir=path.parent) as name:
+        made = Path(name) / path.name
+        write = {"onnx": _write_onnx, "pt2": _write_pt2}[to]
+        inputs, outputs, run = write(ensemble, made)
+        difference = _compare(ensemble, outputs, run)
+        files = sorted(Path(name).iterdir())
+        for file in files:
+            file.replace(path.parent / file.name)
+    size = sum((path.parent / file.name).stat().st_size for file in files)
+    return Exported(inputs, outputs, size, difference)
+
+
+Run = Callable[[Sequence[Any]], "list[Tensor]"]
+
+
+def _write_onnx(ensemble: Ensemble, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], Run]:
+    from vmap_ensemble.errors import LoadError
+    from vmap_ensemble.execution.onnx.answers import add_answers
+    from vmap_ensemble.execution.onnx.engines import load_onnxruntime
+    from vmap_ensemble.execution.onnx.graph import export_members
+    from vmap_ensemble.execution.onnx.packages import write_graph
+
+    forward, args = _checked(ensemble), _example(ensemble, 2)
+    try:
+        graph = export_members(forward, args)
+        combined = _combined(ensemble)
+        if combined is not None:
+            name, example = _class_output(ensemble, graph.outputs)
+            graph = add_answers(graph, name, example, combined)
+        write_graph(graph, path)
+        engine = load_onnxruntime(path, graph.inputs, graph.outputs, forward.members.device)
+    except ImportError as error:
+        raise LoadError(f"{error.name}: not installed; pip install 'vmap-ensemble[onnx]'") from None
+    return graph.inputs, graph.outputs, lambda given: engine(_tensors(given))
+
+
+def _write_pt2(ensemble: Ensemble, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], Run]:
+    import torch
+
+    from vmap_ensemble.errors import LoadError, first_line
+    from vmap_ensemble.execution.onnx.answers import ANSWERS
+    from vmap_ensemble.execution.onnx.graph import AllMembers, free_axes
+
+    forward, args = _checked(ensemble), _example(ensemble, 2)
+    module = AllMembers(forward, args)
+    combined = _combined(ensemble)
+    outputs = tuple(module.names)
+    if combined is not None:
+        name, _ = _class_output(ensemble, outputs)
+        module.answer(outputs.index(name), combined)
+        outputs += ANSWERS
+    given = _tensors(args)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module.eval(), tuple(given), dynamic_shapes=(free_axes(given, bounded=True),)
+            )
+            torch.export.save(program, path)
+            loaded = torch.export.load(path).module()
+    except Exception as error:  # whatever an exporter may raise
+        raise LoadError(f"{type(forward.model).__name__} can't be exported: {first_line(error)}") from error
+    return tuple(forward.argument_names(args)), outputs, lambda rows: list(loaded(*_tensors(rows)))
+
+
+def _checked(ensemble: Ensemble) -> Any:
+    from vmap_ensemble.errors import LoadError
+    from vmap_ensemble.execution.onnx.graph import reasons_against
+
+    if ensemble.alone:
+        raise LoadError("rows of a batch depend on each other: no graph of a batch gives what each row alone does")
+    reasons = reasons_against(ensemble.forward)
+    if reasons:
+        raise LoadError("; ".join(reasons))
+    return ensemble.forward
+
+
+def _example(ensemble: Ensemble, count: int) -> tuple[Any, ...]:
+    """Arguments of a batch of the task's own sample."""
+    return ensemble.task.collate(ensemble.task.sample_examples(count))
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    from torch import Tensor
+
+    return [arg for arg in args if isinstance(arg, Tensor)]
+
+
+def _combined(ensemble: Ensemble) -> Any:
+    """What combines the members' outputs to classes; None where the answer is none of classes."""
+    from vmap_ensemble.execution.onnx.answers import AnsweredClasses
+
+    if not ensemble.task.combines_classes:
+        return None
+    settings, kind = ensemble.settings, ensemble.task.class_answers.kind
+    return AnsweredClasses(ensemble.member_weights, settings.aggregation, settings.temperature, kind)
+
+
+def _class_output(ensemble: Ensemble, names: Sequence[str]) -> tuple[str, Tensor]:
+    """Which of the model's outputs is the classification, and what it is for two rows."""
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    from vmap_ensemble.errors import LoadError
+    from vmap_ensemble.tasks.classification import pick_outputs
+
+    outputs = ensemble.outputs(*_example(ensemble, 2))
+    picked = pick_outputs(outputs, ensemble.settings.num_classes)
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf is picked:
+            return name, leaf.detach().clone()
+    raise LoadError("the model gives one number a row without an axis of classes, which can't be exported")
+
+
+def _compare(ensemble: Ensemble, names: Sequence[str], run: Run) -> float:
+    """The largest difference of any output to the ensemble's, for batches of other sizes than it was exported with.
+
+    Raises:
+        LoadError: It is beyond TOLERANCE.
+    """
+    import torch
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    from vmap_ensemble.errors import LoadError
+
+    combined, largest = _combined(ensemble), 0.0
+    for count in (1, 3):
+        args = _example(ensemble, count)
+        with torch.inference_mode():
+            expected = [leaf for leaf in pytree.tree_leaves(ensemble.forward.loop(*args)) if isinstance(leaf, Tensor)]
+            if combined is not None:
+                name, _ = _class_output(ensemble, names[: len(expected)])
+                expected += combined(expected[list(names).index(name)])
+            got = run(args)
+        for name, own, other in zip(names, expected, got, strict=True):
+            if own.shape != other.shape:
+                raise LoadError(f"{name}: expected the shape {tuple(own.shape)}, the file gives {tuple(other.shape)}")
+            largest = max(largest, float((own - other).abs().max() / own.abs().max().clamp_min(1)))
+    if not largest <= TOLERANCE:
+        raise LoadError(f"the file's outputs differ from the ensemble's by {largest:.1e}, {TOLERANCE:.0e} is allowed")
+    return largest
+
+
+def _show(path: Path, ensemble: Ensemble, exported: Exported) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{path.name}: {len(ensemble.names)} members", show_header=False, title_justify="left")
+    table.add_row("inputs", ", ".join(exported.inputs))
+    table.add_row("outputs", ", ".join(exported.outputs))
+    table.add_row("size", f"{exported.size_bytes / 2**20:.1f} MiB")
+    table.add_row("difference to the ensemble", f"{exported.difference:.1e}, {TOLERANCE:.0e} allowed")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
