@@ -61,6 +61,17 @@ def test_blocks_of_the_pages_run_as_written(project, capsys):
     assert transformers.__version__
 
 
+def test_the_page_of_exports_runs_as_written(project):
+    pytest.importorskip("onnxruntime")
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^ *vmap-ensemble (export .*)$", page, re.M):
+        assert command(shlex.split(line)) == 0
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    space: dict = {}
+    exec(compile(block, "docs/export.md", "exec"), space)
+    assert space["found"]["probabilities"].shape == (8, 10)
+
+
 @pytest.mark.parametrize("file", ["README.md", "docs/offline.md"])
 def test_the_command_for_a_folder_runs_as_written(project, file):
     page = (ROOT / file).read_text(encoding="utf-8")

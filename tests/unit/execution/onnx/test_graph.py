@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ def join(make: type[nn.Module], count: int, shared: str = "", dtype: torch.dtype
             models[seed].get_submodule(shared).load_state_dict(models[0].get_submodule(shared).state_dict())
     states = {f"m{seed}": model.state_dict() for seed, model in enumerate(models)}
     members = stack_members(states, torch.device("cpu"), dtype)
-    rows = tuple(Member(name, "", f"sha-{name}", "", 0) for name in states)
-    members.members = rows
+    members = dataclasses.replace(members, members=tuple(Member(name, "", f"sha-{name}", "", 0) for name in states))
     return EnsembleForward(make().eval(), members)
 
 
@@ -178,6 +178,7 @@ def test_files_that_were_changed_are_not_loaded(
 def test_a_graph_of_other_members_is_not_loaded(packed: tuple[EnsembleForward, Path]) -> None:
     _, folder = packed
     other = join(Net, 2)
-    other.members.members = tuple(Member(name, "", f"other-{name}", "", 0) for name in other.members.names)
+    rows = tuple(Member(name, "", f"other-{name}", "", 0) for name in other.members.names)
+    other.members = dataclasses.replace(other.members, members=rows)
     with pytest.raises(LoadError, match="made of other members"):
         build_execution("onnxruntime", other, [(X,)], ExecutionOptions(graph_folder=folder))

@@ -13,7 +13,7 @@ from tests.unit.tasks.test_classification import check  # noqa: E402
 from tests.unit.tasks.text import test_encoder_task as bert  # noqa: E402
 from tests.unit.tasks.text.test_windows import LABELS, mode_of, words_tokenizer  # noqa: E402
 from vmap_ensemble.archive.settings import parse_settings  # noqa: E402
-from vmap_ensemble.errors import SettingsError  # noqa: E402
+from vmap_ensemble.errors import NotOffered, SettingsError  # noqa: E402
 from vmap_ensemble.tasks.answers import Options, dump_json  # noqa: E402
 from vmap_ensemble.tasks.text.question_answering import QuestionAnswering  # noqa: E402
 from vmap_ensemble.tasks.text.sequence_classification import MultiLabel, Regression, SingleLabel  # noqa: E402
@@ -220,3 +220,23 @@ def test_torchserves_form_says_that_a_text_was_cut():
     body = one(mode, {"logits": torch.zeros(2, 1, 3)}, "w1 w2 w3")
     assert json.loads(dump_json(body))["truncated"] is True
     check(body, "PlainAnswer")
+
+
+def test_probabilities_are_the_modes_own(serve):
+    """Of classes that sum to 1, of labels each on its own; numbers and tokens have none."""
+    kinds = {None: "softmax", "multi_label_classification": "sigmoid", "regression": None}
+    for kind, expected in kinds.items():
+        handler, _models, _ = serve("sequence_classification", bert.CONFIGS["bert"](num_labels=3, problem_type=kind))
+        ensemble = handler.ensemble
+        args = ensemble.task.collate(ensemble.task.sample_examples(2))
+        if expected is None:
+            with pytest.raises(NotOffered, match="has no probabilities"):
+                ensemble.probabilities(*args)
+            continue
+        logits = ensemble.outputs(*args)["logits"]
+        own = logits.softmax(-1) if expected == "softmax" else logits.sigmoid()
+        torch.testing.assert_close(ensemble.probabilities(*args), own.mean(0), rtol=1e-5, atol=1e-6)
+    handler, _, _ = serve("token_classification", bert.CONFIGS["bert"](num_labels=3))
+    ensemble = handler.ensemble
+    with pytest.raises(NotOffered, match="has no probabilities"):
+        ensemble.probabilities(*ensemble.task.collate(ensemble.task.sample_examples(1)))
