@@ -102,7 +102,7 @@ class Settings:
         json_schema_extra=list_names(mode_names),
         description="How the one forward is run: `auto` measures at load and keeps the fastest that gives the same "
         "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
-        "`compiled`, by `./archive.sh --compile` or else at load; `onnxruntime`, `openvino`, by `--onnx` or else at load; "
+        "`compiled`, by `./archive.sh --compile` or else at load; `onnxruntime`, `openvino`, by `--onnx` or else so; "
         "`cudagraph`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(
