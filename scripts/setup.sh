@@ -39,10 +39,11 @@ make_environment() {
 install_group() {
     local file=$1 stamp="$VENV/.stamp-$1" hash
     [[ -f $ROOT/$file ]] || fail "no such group of requirements: expected $file in $ROOT"
-    hash=$(requirements_hash "$file")
+    hash=$(cat "$ROOT/constraints.txt" <(requirements_hash "$file") |
+        "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return 0
     run_quietly "Installing $file into .venv" "$RUN/setup.log" \
-        "$VENV/bin/python" -m pip install --disable-pip-version-check -r "$ROOT/$file"
+        "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$ROOT/constraints.txt" -r "$ROOT/$file"
     printf '%s' "$hash" >"$stamp"
 }
 
