@@ -19,6 +19,9 @@ from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code
 from vmap_ensemble.execution.compiled.packages import CompiledForward
 from vmap_ensemble.execution.modes import ExecutionOptions
+from vmap_ensemble.execution.onnx.graph import export_members
+from vmap_ensemble.execution.onnx.graph import reasons_against as no_graph
+from vmap_ensemble.execution.onnx.packages import write_onnx
 
 Call = Callable[[], Tensor]
 # Weights of all members in one ONNX file: a protobuf holds 2 GiB.
@@ -156,6 +159,18 @@ class Rivals:
         """Mode `auto`, what an archive serves by default."""
         return self._ours("auto")
 
+    def ours_auto_onnx(self) -> Call:
+        """Mode `auto` on an archive that `./archive.sh --onnx` has packed the members' graph into."""
+        forward = self.network.join(self.network.build(), self.members)
+        reasons = ["compared on a CPU only"] if self.args[0].is_cuda else no_graph(forward)
+        if reasons:
+            raise EnsembleError("; ".join(reasons))
+        root = self.folder / "onnx-archive"
+        root.mkdir(exist_ok=True)
+        two = tuple(torch.cat([arg, arg])[:2] for arg in self.args)
+        write_onnx(export_members(forward, two), forward.members, root)
+        return self._ours("auto", "ours_auto_onnx", ExecutionOptions(graph_folder=root))
+
     def _ours(self, mode: str, name: str = "", options: ExecutionOptions | None = None) -> Call:
         forward = self.network.join(self.network.build(), self.members)
         execution = build_execution(mode, forward, [self.args], options or ExecutionOptions())
@@ -176,4 +191,5 @@ RIVALS = (
     "ours_ahead_of_time",
     "ours_cudagraph",
     "ours_auto",
+    "ours_auto_onnx",
 )

@@ -16,6 +16,7 @@ FORWARD = {
     "ours_compiled": ("ours: compiled", "Inductor's code for all members, compiled at load"),
     "ours_ahead_of_time": ("ours: native code", "the same, compiled by `./archive.sh --compile`"),
     "ours_cudagraph": ("ours: cudagraph", "the vmapped call, recorded once as a CUDA graph"),
+    "ours_auto_onnx": ("ours: auto, --onnx", "the same on an archive that `./archive.sh --onnx` built"),
     AUTO: ("ours: auto", "**what an archive serves by default**: the fastest of ours and the loop, measured at load"),
 }
 # `benchmarks.bert_vmap`:
