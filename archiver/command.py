@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "check": ("archiver.__main__", ("--check",), "load an archive and ask it: check MAR [INPUT]"),
     "list": ("archiver.__main__", ("--list",), "list the blocks of setup_config.json"),
     "predict": ("vmap_ensemble.offline.command", (), "answer a folder or a table: predict MAR INPUT --output FILE"),
+    "distil": ("optimise.distil.command", (), "N members into one network, or heads: distil MAR --data DIR"),
     "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 

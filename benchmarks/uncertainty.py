@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.measuring.measure import describe_machine, write_json
-from quality.scores import combine
+from quality.scores import combine, measure_auroc
 from training.evaluate import find_members
 from training.mnist import TrainingSettings, predict_log_probabilities, train_member
 from training.mnist_data import REPOSITORY, SAMPLE_DIR, DataError, Digits, load_digits, normalise
@@ -109,20 +109,6 @@ def score_inputs(outputs: Tensor) -> dict[str, Tensor]:
         # Of the logarithm: the same order as 1 - p, without the ties of probabilities that round to 1.
         "member_probability": -outputs.amax(-1),
     }
-
-
-def measure_auroc(known: Tensor, unlike: Tensor) -> float:
-    """Area under the ROC curve: the chance that an unlike input's score is above a known one's, ties counted half.
-
-    Args:
-        known: (N,) scores of known inputs.
-        unlike: (K,) of the others.
-
-    Source: Hanley and McNeil, The meaning and use of the area under a ROC curve, Radiology 143 (1982)
-    """
-    ordered = known.sort().values
-    below, up_to = (torch.searchsorted(ordered, unlike, right=right) for right in (False, True))
-    return ((below + up_to).double().mean() / 2 / len(known)).item()
 
 
 def find_share(known: Tensor, unlike: Tensor, false_alarms: Tensor) -> Tensor:

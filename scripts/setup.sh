@@ -49,7 +49,7 @@ install_group() {
 # The project itself, as it lies here: an edit of it needs no new install. What it depends on is pinned above.
 install_project() {
     local stamp="$VENV/.stamp-project" hash
-    hash=$(cat "$ROOT/pyproject.toml" <(cd "$ROOT" && find handlers archiver fastertransformer quality -name __init__.py | sort) |
+    hash=$(cat "$ROOT/pyproject.toml" <(cd "$ROOT" && find handlers archiver fastertransformer optimise quality -name __init__.py | sort) |
         "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return 0
     run_quietly "Installing the project into .venv" "$RUN/setup.log" \
