@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -124,6 +125,8 @@ def _labels_of_folders(path: Path, rows: Rows, classes: Classes) -> list[int] | 
 
 
 def _labels_of_table(path: Path, column: str | None, classes: Classes) -> list[int] | None:
+    if path.suffix == ".jsonl" and column is None and not isinstance(_first_item(path), dict):
+        return None  # items as they are
     try:
         values = [row.item for row in open_rows(path, True, (), column or LABEL_COLUMN)]
     except InputError:
@@ -147,8 +150,12 @@ def _labels_of_table(path: Path, column: str | None, classes: Classes) -> list[i
     return found
 
 
+def _first_item(path: Path) -> Any:
+    return next(iter(open_rows(path, False))).item
+
+
 def _first_key(path: Path) -> str | None:
     """The key of a .jsonl's first object that holds its image; None where rows are items as they are."""
-    first = next(iter(open_rows(path, False)), None)
-    keys = first.item if first is not None and isinstance(first.item, dict) else {}
+    first = _first_item(path)
+    keys = first if isinstance(first, dict) else {}
     return next((key for key in ("image", "path", "file", "filename") if key in keys and len(keys) > 1), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,9 @@ def _make_student(options: argparse.Namespace, teacher: Teacher, folder: Path) -
     model = model.float().eval()
     _check_output(options, model, teacher)
     if options.to == "one":
-        return OneStudent(model, "student", teacher.settings.num_classes)
+        return OneStudent(
+            model, "student", teacher.settings.num_classes, learns_statistics=bool(options.architecture)
+        )
     heads = options.head or [last_module(model, torch.zeros(2, *teacher.shape))]
     return HeadsStudent(model, teacher.ensemble.names, heads, teacher.settings.num_classes)
 
@@ -176,7 +179,9 @@ def _paths(options: argparse.Namespace) -> dict[str, Path | None]:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # In a log a bar would be empty lines: a line per epoch stands there instead.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
 
@@ -218,6 +223,8 @@ def _train(training: Training, progress: Progress) -> None:
 
     def told(epoch: int, held_out: float) -> None:
         progress.update(bar, description=f"train: epoch {epoch}, held-out loss {held_out:.4f}")
+        if progress.disable:
+            print(f"distil: epoch {epoch}, held-out loss {held_out:.4f}", file=sys.stderr)
 
     training.run(lambda: progress.update(bar, advance=1), told)
     progress.remove_task(bar)

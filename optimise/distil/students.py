@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from optimise.distil.errors import DistilError
@@ -28,10 +29,14 @@ class OneStudent(nn.Module):
         model: With the weights that it starts from.
         name: Of the only member that it becomes.
         classes: Width of the output, where the model gives several tensors.
+        learns_statistics: Whether batch normalisation follows the batches, as where the weights are drawn anew.
     """
 
-    def __init__(self, model: nn.Module, name: str, classes: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, classes: int | None = None, learns_statistics: bool = False
+    ) -> None:
         super().__init__()
+        self.learns_statistics = learns_statistics
         self.model, self.name, self.classes = model.requires_grad_(True), name, classes
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -63,6 +68,7 @@ class HeadsStudent(nn.Module):
         self, model: nn.Module, names: Sequence[str], heads: Sequence[str], classes: int | None = None
     ) -> None:
         super().__init__()
+        self.learns_statistics = False  # a member's weights come with its own
         self.model, self.names, self.classes = model.requires_grad_(True), tuple(names), classes
         self._parameter_keys = _keys_below(heads, dict(model.named_parameters()))
         self._buffer_keys = _keys_below(heads, dict(model.named_buffers()))
@@ -102,10 +108,15 @@ Student = OneStudent | HeadsStudent
 
 
 def train_mode(student: Student) -> Student:
-    """In training mode, but for dropout: a student that is to say what its teacher says has no use for it."""
+    """In training mode, but for what would keep a student from saying what its teacher says.
+
+    Dropout is noise. Batch normalisation that came with a member's weights keeps the member's means: those of batches
+    half of which are changed aren't those of the examples that are served.
+    """
     student.train()
     for module in student.modules():
-        if isinstance(module, DROPOUT):
+        keeps = isinstance(module, _BatchNorm) and not student.learns_statistics
+        if isinstance(module, DROPOUT) or keeps:
             module.eval()
     return student
 
