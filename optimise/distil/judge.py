@@ -72,7 +72,8 @@ def judge(
         test: What the ensemble said of held-out examples.
         unlike: What it said of inputs of another kind.
     """
-    served = Teacher(_serve(teacher, student.model, student.states(), settings, test.examples[:1]))
+    first = test.batch(torch.arange(1))
+    served = Teacher(_serve(teacher, student.model, student.states(), settings, first))
     labels, _ = labels_to_judge_by(test)
     own = Judged(test.members, test.ensemble, None if unlike is None else unlike.members)
     columns = {
@@ -80,9 +81,9 @@ def judge(
         "ensemble": _column(teacher, own, labels, own.together),
         "student": _column(served, _say(served, test, unlike), labels, own.together),
     }
-    alone = _serve(teacher, teacher.task.build_model(), _first_member(teacher), _alone(teacher), test.examples[:1])
+    alone = _serve(teacher, teacher.task.build_model(), _first_member(teacher), _alone(teacher), first)
     runs = (alone.run, teacher.ensemble.run, served.ensemble.run)
-    times = measure_latencies(runs, test.examples[:1].to(teacher.device, teacher.dtype))
+    times = measure_latencies(runs, first.to(teacher.device, teacher.dtype))
     pairs = zip(columns.items(), times, strict=True)
     return {name: dataclasses.replace(one, latency_ms=own_ms) for (name, one), own_ms in pairs}
 
@@ -117,10 +118,10 @@ def _alone(teacher: Teacher) -> dict[str, Any]:
 
 def _say(served: Teacher, test: Told, unlike: Told | None) -> Judged:
     """Ask a student what its teacher was asked."""
-    parts = [served.both(rows) for rows in test.examples.split(AT_ONCE)]
+    parts = [served.both(rows) for rows in test.batches(AT_ONCE)]
     strange = None
     if unlike is not None:
-        strange = torch.cat([served.members(rows).cpu() for rows in unlike.examples.split(AT_ONCE)], 1)
+        strange = torch.cat([served.members(rows).cpu() for rows in unlike.batches(AT_ONCE)], 1)
     members, together = torch.cat([own for own, _ in parts], 1), torch.cat([both for _, both in parts])
     return Judged(members.cpu(), together.cpu(), strange)
 

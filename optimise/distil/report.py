@@ -1,12 +1,19 @@
-"""Turns the figures of ensemble and student into a table for people, JSON, and yes or no: the gate."""
+"""Turns the figures of ensemble and student into a table for people, JSON, and yes or no: the gate.
+
+python -m optimise.distil.report runs/student/report.json      the table of a run that is finished, as Markdown
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8)
+COLUMNS = ("mean member", "ensemble", "student")
 
 
 @dataclass(frozen=True)
@@ -90,3 +97,16 @@ def rows_of(columns: Mapping[str, Column]) -> list[list[str]]:
 def as_json(columns: Mapping[str, Column]) -> dict[str, Any]:
     """The same for report.json."""
     return {name.replace(" ", "_"): asdict(one) for name, one in columns.items()}
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """The table of a report.json."""
+    columns = {name: Column(**report[name.replace(" ", "_")]) for name in COLUMNS}
+    head = [["", *columns], ["---"] + ["---:"] * len(columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows_of(columns)])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m optimise.distil.report REPORT.json")
+    print(as_markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -14,14 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
 
 from optimise.distil.data import Classes, Data, open_data
 from optimise.distil.errors import DistilError, GateError
 from optimise.distil.idx import TEST, TRAIN, holds_idx
 from optimise.distil.judge import judge, labels_to_judge_by, settings_of_student
 from optimise.distil.report import Column, Limits, as_json, reason_against, rows_of
-from optimise.distil.students import HeadsStudent, OneStudent, Student, last_module
+from optimise.distil.start import make_student
 from optimise.distil.teacher import Teacher, Told, ask
 from optimise.distil.train import Recipe, Training
 from optimise.distil.work import opened
@@ -29,7 +28,6 @@ from optimise.distil.write import write_block, write_json, write_members
 from vmap_ensemble.archive.settings import SETTINGS_FILE, read_block
 from vmap_ensemble.archive.unpack import unpacked
 from vmap_ensemble.ensemble import Ensemble
-from vmap_ensemble.models.architecture import build_plainly
 from vmap_ensemble.process.device import cpu_name
 
 REPORT = "report.json"
@@ -69,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             raise DistilError(f"{options.archive.name}: has one member; heads need at least two")
         sources = _open(options, teacher)
         recipe = _recipe(options)
-        student = _make_student(options, teacher, folder)
+        student = make_student(teacher, folder, options.to, options.architecture, options.head, options.seed)
         made_with = _made_with(options, teacher, sources, recipe)
         with _progress() as progress, opened(options.output, made_with, options.anew) as work:
             parts = _ask(options, teacher, sources, work, progress)
@@ -114,43 +112,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         patience=options.patience,
         seed=options.seed,
     )
-
-
-def _make_student(options: argparse.Namespace, teacher: Teacher, folder: Path) -> Student:
-    """With the weights of a member, or drawn anew where it is of another architecture."""
-    if options.architecture:
-        torch.manual_seed(options.seed)
-        model = build_plainly(options.architecture, teacher.settings.num_classes or teacher.classes, folder)
-    else:
-        model = teacher.task.build_model()
-        state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in _first(teacher)}
-        model.load_state_dict(state)
-    model = model.float().eval()
-    _check_output(options, model, teacher)
-    if options.to == "one":
-        return OneStudent(
-            model, "student", teacher.settings.num_classes, learns_statistics=bool(options.architecture)
-        )
-    heads = options.head or [last_module(model, torch.zeros(2, *teacher.shape))]
-    return HeadsStudent(model, teacher.ensemble.names, heads, teacher.settings.num_classes)
-
-
-def _first(teacher: Teacher) -> list[tuple[str, Tensor]]:
-    return [(key, tensor.detach().cpu()) for key, tensor in teacher.forward.member_state(0).items()]
-
-
-@torch.no_grad()
-def _check_output(options: argparse.Namespace, model: nn.Module, teacher: Teacher) -> None:
-    """One forward of the student, before anything is asked: another input shape or width is found here."""
-    name = options.architecture or teacher.task.architecture
-    try:
-        outputs = OneStudent(model, "student", teacher.settings.num_classes)(torch.zeros(2, *teacher.shape))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DistilError(f"architecture '{name}': can't take inputs of {list(teacher.shape)} ({reason})") from None
-    width = max(2, outputs.shape[-1])
-    if width != teacher.classes:
-        raise DistilError(f"architecture '{name}': gives {width} classes, the members have {teacher.classes}")
 
 
 def _made_with(options: argparse.Namespace, teacher: Teacher, sources: Sources, recipe: Recipe) -> dict[str, Any]:

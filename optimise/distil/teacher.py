@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Told:
     """What an ensemble says of N examples.
 
     Attributes:
-        examples: (N, ...) float32, mapped from the disk.
+        examples: (K, ...) float32 of all rows, mapped from the disk.
+        index: (N,) int64, which of them these are.
         members: (M, N, C) log-probabilities of each member, at the archive's temperature.
         ensemble: (N, C) log-probabilities of all together, by the archive's aggregation and weights.
         labels: (N,) int64, UNLABELLED where there is none.
@@ -48,6 +49,7 @@ class Told:
     """
 
     examples: Tensor
+    index: Tensor
     members: Tensor
     ensemble: Tensor
     labels: Tensor
@@ -56,9 +58,18 @@ class Told:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def batch(self, rows: Tensor) -> Tensor:
+        """(B, ...) examples, read from the disk."""
+        return self.examples[self.index[rows]]
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All examples in order."""
+        return (self.batch(rows) for rows in torch.arange(len(self)).split(size))
+
     def part(self, rows: Tensor) -> Told:
-        """The same of some of the examples."""
-        return Told(self.examples[rows], self.members[:, rows], self.ensemble[rows], self.labels[rows], self.skipped)
+        """The same of some of the examples, which stay on the disk."""
+        tables = self.members[:, rows], self.ensemble[rows], self.labels[rows]
+        return Told(self.examples, self.index[rows], *tables, self.skipped)
 
 
 class Teacher:
@@ -155,7 +166,8 @@ def read_told(place: Path) -> Told:
     count, shape = len(tensors["labels"]), facts["shape"]
     size = count * int(torch.tensor(shape).prod())
     flat = torch.from_file(str(place.with_suffix(".bin")), shared=False, size=size)
-    return Told(flat.view(count, *shape), skipped=(facts["skipped"], facts["skipped_count"]), **tensors)
+    examples = flat.view(count, *shape)
+    return Told(examples, torch.arange(count), skipped=(facts["skipped"], facts["skipped_count"]), **tensors)
 
 
 def _check_space(folder: Path, teacher: Teacher, data: Data) -> None:

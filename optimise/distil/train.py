@@ -149,7 +149,7 @@ class Training:
     def _step(self, rows: Tensor, number: int) -> float:
         device, recipe = self.teacher.device, self.recipe
         batch, targets, labels = self._change(
-            self.learn.examples[rows].to(device),
+            self.learn.batch(rows).to(device),
             self.targets[:, rows].to(device),
             self.learn.labels[rows].to(device),
         )
@@ -193,7 +193,7 @@ class Training:
         self.student.eval()
         targets, total = targets_of(self.into, told.members, told.ensemble), 0.0
         for rows in torch.arange(len(told)).split(256):
-            said = self.say(told.examples[rows].to(self.teacher.device))
+            said = self.say(told.batch(rows).to(self.teacher.device))
             total += soft_target_loss(said, targets[:, rows].to(said)).item() * len(rows)
         return total / len(told)
 
@@ -204,7 +204,9 @@ class Training:
     @torch.no_grad()
     def _find_kind(self) -> OutputKind:
         self.student.eval()
-        return kind_for(self.teacher.settings, self.student(self.learn.examples[:2].to(self.teacher.device)))
+        return kind_for(
+            self.teacher.settings, self.student(self.learn.batch(torch.arange(2)).to(self.teacher.device))
+        )
 
     def _save(self) -> None:
         state = {

@@ -23,7 +23,7 @@ from archiver.command import main as command
 from optimise.distil import augment, judge, losses
 from optimise.distil.command import main
 from optimise.distil.errors import DistilError
-from optimise.distil.report import Column, Limits, reason_against
+from optimise.distil.report import ROWS, Column, Limits, as_markdown, reason_against
 from optimise.distil.students import HeadsStudent, OneStudent, last_module, train_mode
 from optimise.distil.train import Recipe, Training
 from tests.conftest import write_archive
@@ -256,6 +256,9 @@ def test_one_student_reaches_its_teacher(archive: Path, photos: Path, tmp_path: 
     assert distil(archive, photos, output, "--epochs", "12", "--held-out", "0.2") == 0
     shown = capsys.readouterr().out
     assert "agreement with the ensemble" in shown
+    table = as_markdown(json.loads((output / "report.json").read_text())).splitlines()
+    assert table[0] == "|  | mean member | ensemble | student |"
+    assert {row.split("|")[1].strip() for row in table[2:]} <= set(ROWS)
     assert f"pack it: ./archive.sh ens_one --config {output / 'setup_config.json'}" in shown
     report = json.loads((output / "report.json").read_text())
     assert report["student"]["accuracy"] >= report["ensemble"]["accuracy"] - 0.05
