@@ -23,14 +23,13 @@ from optimise.distil.report import Column, Limits, as_json, reason_against, rows
 from optimise.distil.start import make_student
 from optimise.distil.teacher import Teacher, Told, ask
 from optimise.distil.train import Recipe, Training
-from optimise.distil.work import opened
+from optimise.distil.work import REPORT, opened
 from optimise.distil.write import write_block, write_json, write_members
 from vmap_ensemble.archive.settings import SETTINGS_FILE, read_block
 from vmap_ensemble.archive.unpack import unpacked
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.process.device import cpu_name
 
-REPORT = "report.json"
 LEAST_EXAMPLES = 20
 
 

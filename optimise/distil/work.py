@@ -17,8 +17,16 @@ from typing import Any
 
 from optimise.distil.errors import DistilError
 from optimise.distil.write import write_json
+from vmap_ensemble.archive.settings import SETTINGS_FILE
 
-WORK = ".work"
+WORK, REPORT = ".work", "report.json"
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run has written: its members would stand beside those of the next."""
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    for path in (*output.glob("*.safetensors"), output / REPORT, output / SETTINGS_FILE):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -36,8 +44,9 @@ def opened(output: Path, made_with: Mapping[str, Any], anew: bool) -> Iterator[P
     work, facts = output / WORK, output / WORK / "made_with.json"
     if output.exists() and not output.is_dir():
         raise DistilError(f"{output}: is a file; --output names a folder")
-    if anew:
-        shutil.rmtree(work, ignore_errors=True)
+    is_ours = facts.is_file()
+    if anew and is_ours:
+        _clear(output)
     known: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
     given = json.loads(json.dumps(made_with))
     for key in given if known else ():
@@ -46,7 +55,7 @@ def opened(output: Path, made_with: Mapping[str, Any], anew: bool) -> Iterator[P
                 f"{output}: was made with {key} {known.get(key)!r}, this is {given[key]!r}; --anew begins again, "
                 "another --output leaves it"
             )
-    if not known and output.is_dir() and any(output.iterdir()) and not anew:
+    if not is_ours and output.is_dir() and any(output.iterdir()):
         raise DistilError(f"{output}: holds files that aren't of a run of distil; name another folder")
     try:
         work.mkdir(parents=True, exist_ok=True)

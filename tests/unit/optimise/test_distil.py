@@ -548,11 +548,13 @@ def test_an_output_of_something_else_is_not_continued(archive: Path, photos: Pat
     assert distil(archive, photos, output, "--epochs", "1", "--to", "heads") == 1
     assert "was made with to 'one', this is 'heads'; --anew begins again" in capsys.readouterr().err
     assert distil(archive, photos, output, "--epochs", "1", "--to", "heads", "--anew") == 0
+    assert sorted(states_in(output)) == ["m0", "m1", "m2"]
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("keep")
-    assert distil(archive, photos, mine) == 1
-    assert "holds files that aren't of a run of distil" in capsys.readouterr().err
+    for more in ([], ["--anew"]):
+        assert distil(archive, photos, mine, *more) == 1
+        assert "holds files that aren't of a run of distil" in capsys.readouterr().err
     assert [path.name for path in mine.iterdir()] == ["letter.txt"]
 
 
