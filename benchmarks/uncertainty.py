@@ -81,6 +81,15 @@ def make_unlike(digits: Digits, seed: int) -> dict[str, Tensor]:
     }
 
 
+def save_unlike(digits: Digits, seed: int, folder: Path) -> None:
+    """Write the unlike inputs as PNG files, a folder a kind: `vmap-ensemble distil --unlike` and others read them."""
+    for title, images in make_unlike(digits, seed).items():
+        kind = folder / title.partition(":")[0].replace(" ", "_")
+        kind.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            Image.fromarray(image.numpy()).save(kind / f"{index}.png")
+
+
 def get_members(files: list[Path], settings: TrainingSettings, count: int, seed: int) -> list[MnistNet]:
     """Read the members of files, or train some on the repository's sample where no file is given."""
     if not files:
@@ -203,6 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=TrainingSettings().epochs, help="passes over the training images")
     add("--seed", type=int, default=1, help="of the first member, and of the unlike inputs")
     add("--images", type=int, default=None, help="held-out digits to take; without it, all of the sample")
+    add("--save-unlike", type=Path, metavar="DIR", default=None, help="also write the unlike inputs as PNG files")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
     return parser
@@ -223,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
         members = get_members(files, settings, options.num_models, options.seed)
         test = load_digits(SAMPLE_DIR, "test")
         digits = Digits(test.images[: options.images], test.labels[: options.images])
+        if options.save_unlike:
+            save_unlike(digits, options.seed, options.save_unlike)
         figures = measure(members, digits, options.seed)
     except (DataError, EnsembleError) as error:
         print(f"error: {error}", file=sys.stderr)
