@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "list": ("archiver.__main__", ("--list",), "list the blocks of setup_config.json"),
     "predict": ("vmap_ensemble.offline.command", (), "answer a folder or a table: predict MAR INPUT --output FILE"),
     "export": ("optimise.export", (), "write all members as one file: export MAR --to onnx --output FILE"),
+    "distil": ("optimise.distil.command", (), "N members into one network, or heads: distil MAR --data DIR"),
     "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.measuring.measure import describe_machine, write_json
-from quality.scores import combine
+from quality.scores import combine, measure_auroc
 from training.evaluate import find_members
 from training.mnist import TrainingSettings, predict_log_probabilities, train_member
 from training.mnist_data import REPOSITORY, SAMPLE_DIR, DataError, Digits, load_digits, normalise
@@ -81,6 +81,15 @@ def make_unlike(digits: Digits, seed: int) -> dict[str, Tensor]:
     }
 
 
+def save_unlike(digits: Digits, seed: int, folder: Path) -> None:
+    """Write the unlike inputs as PNG files, a folder a kind: `vmap-ensemble distil --unlike` and others read them."""
+    for title, images in make_unlike(digits, seed).items():
+        kind = folder / title.partition(":")[0].replace(" ", "_")
+        kind.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            Image.fromarray(image.numpy()).save(kind / f"{index}.png")
+
+
 def get_members(files: list[Path], settings: TrainingSettings, count: int, seed: int) -> list[MnistNet]:
     """Read the members of files, or train some on the repository's sample where no file is given."""
     if not files:
@@ -109,20 +118,6 @@ def score_inputs(outputs: Tensor) -> dict[str, Tensor]:
         # Of the logarithm: the same order as 1 - p, without the ties of probabilities that round to 1.
         "member_probability": -outputs.amax(-1),
     }
-
-
-def measure_auroc(known: Tensor, unlike: Tensor) -> float:
-    """Area under the ROC curve: the chance that an unlike input's score is above a known one's, ties counted half.
-
-    Args:
-        known: (N,) scores of known inputs.
-        unlike: (K,) of the others.
-
-    Source: Hanley and McNeil, The meaning and use of the area under a ROC curve, Radiology 143 (1982)
-    """
-    ordered = known.sort().values
-    below, up_to = (torch.searchsorted(ordered, unlike, right=right) for right in (False, True))
-    return ((below + up_to).double().mean() / 2 / len(known)).item()
 
 
 def find_share(known: Tensor, unlike: Tensor, false_alarms: Tensor) -> Tensor:
@@ -217,6 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=TrainingSettings().epochs, help="passes over the training images")
     add("--seed", type=int, default=1, help="of the first member, and of the unlike inputs")
     add("--images", type=int, default=None, help="held-out digits to take; without it, all of the sample")
+    add("--save-unlike", type=Path, metavar="DIR", default=None, help="also write the unlike inputs as PNG files")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
     return parser
@@ -237,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
         members = get_members(files, settings, options.num_models, options.seed)
         test = load_digits(SAMPLE_DIR, "test")
         digits = Digits(test.images[: options.images], test.labels[: options.images])
+        if options.save_unlike:
+            save_unlike(digits, options.seed, options.save_unlike)
         figures = measure(members, digits, options.seed)
     except (DataError, EnsembleError) as error:
         print(f"error: {error}", file=sys.stderr)

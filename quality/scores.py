@@ -103,3 +103,17 @@ def describe_disagreement(found: Disagreement) -> str:
     if found.mutual_information_wrong is not None:
         parts.append(f"{found.mutual_information_wrong:.4f} where it is wrong")
     return ", ".join(parts) + f"; members agree with the ensemble on {found.agreement:.2%}"
+
+
+def measure_auroc(known: Tensor, unlike: Tensor) -> float:
+    """Area under the ROC curve: the chance that an unlike input's score is above a known one's, ties counted half.
+
+    Args:
+        known: (N,) scores of known inputs.
+        unlike: (K,) of the others.
+
+    Source: Hanley and McNeil, The meaning and use of the area under a ROC curve, Radiology 143 (1982)
+    """
+    ordered = known.sort().values
+    below, up_to = (torch.searchsorted(ordered, unlike, right=right) for right in (False, True))
+    return ((below + up_to).double().mean() / 2 / len(known)).item()

@@ -73,7 +73,16 @@ def test_options_are_not_abbreviated(arguments: list[str]) -> None:
 
 def test_no_command_takes_abbreviations() -> None:
     wrong = []
-    for folder in ("handlers", "archiver", "training", "benchmarks", "scripts", "fastertransformer", "quality"):
+    for folder in (
+        "handlers",
+        "archiver",
+        "training",
+        "benchmarks",
+        "scripts",
+        "fastertransformer",
+        "optimise",
+        "quality",
+    ):
         for path in (ROOT / folder).rglob("*.py"):
             for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "ArgumentParser":

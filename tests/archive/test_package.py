@@ -34,8 +34,12 @@ FOLDERS = {
     "archiver": ROOT / "archiver",
     "quality": ROOT / "quality",
     "fastertransformer": ROOT / "fastertransformer",
+    "optimise": ROOT / "optimise",
 }
-PARTS = ("handlers", "archiver", "quality", "fastertransformer", "benchmarks", "training", "tests", "scripts", "data")
+PARTS = (
+    *("handlers", "archiver", "optimise", "quality", "fastertransformer"),
+    *("benchmarks", "training", "tests", "scripts", "data"),
+)
 SOURCES = (".py", ".cpp", ".h", ".typed")
 # A line of a .pth that begins with `import` is run as soon as site-packages are found, before any module of ours.
 BLOCK = 'import sys; sys.modules.update(dict.fromkeys(("ts", "ray", "captum", "transformers", "model_archiver")))'

@@ -138,9 +138,9 @@ def _has_more_than_weights(model: nn.Module) -> bool:
 
 
 def build_plainly(spec: str, num_classes: int | None, folder: Path | None) -> nn.Module:
-    """As `build_architecture` for a class of one's own, everything drawn."""
+    """As `build_architecture`, everything drawn: a network to be trained, or compared with another construction."""
     build = _builder(spec, folder)
-    takes = "num_classes" in inspect.signature(build).parameters
+    takes = spec.startswith(TORCHVISION) or "num_classes" in inspect.signature(build).parameters
     return _construct(spec, build, {"num_classes": num_classes} if takes and num_classes is not None else {})
 
 

@@ -79,11 +79,18 @@ def test_given_members_are_measured_and_written(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         save_state_dict(MnistNet(), tmp_path / "members" / f"m{seed}.pt")
     target = tmp_path / "figures.json"
-    code = uncertainty.main(["--members", str(tmp_path / "members"), "--images", "60", "--json", str(target)])
+    pictures = ["--save-unlike", str(tmp_path / "unlike")]
+    arguments = ["--members", str(tmp_path / "members"), "--images", "60", "--json", str(target), *pictures]
+    code = uncertainty.main(arguments)
     figures = json.loads(target.read_text())
     assert code == 0
     assert (figures["table"], figures["members"], figures["trained"]) == ("uncertainty", 2, None)
     assert len(figures["unlike"]) == 3
+    assert sorted((kind.name, len(list(kind.glob("*.png")))) for kind in (tmp_path / "unlike").iterdir()) == [
+        ("noise", 60),
+        ("squares_of_a_picture", 60),
+        ("two_digits_over_one_another", 60),
+    ]
     for kind in (figures["digits"], *figures["unlike"]):
         assert sum(kind["histogram"]) == kind["count"] == 60
     for kind in figures["unlike"]:

@@ -1,0 +1,112 @@
+"""Turns the figures of ensemble and student into a table for people, JSON, and yes or no: the gate.
+
+python -m optimise.distil.report runs/student/report.json      the table of a run that is finished, as Markdown
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BATCHES = (1, 8)
+COLUMNS = ("mean member", "ensemble", "student")
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is known of one of the three: the members' mean, the ensemble, the student.
+
+    Attributes:
+        accuracy: Share of the held-out examples that it gets right.
+        nll: Mean negative log-likelihood of the right label, in nats.
+        ece: Expected calibration error.
+        agreement: Share of examples on which its label is the ensemble's.
+        mutual_information: Mean over the examples, in nats; None for a single network.
+        auroc: Of the mutual information, unlike inputs against held-out ones; None without such inputs.
+        parameters: Numbers that are stored.
+        size_mib: Of them.
+        latency_ms: Batch size -> median time of a forward; of a member, where there are several.
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+    agreement: float
+    mutual_information: float | None = None
+    auroc: float | None = None
+    parameters: int | None = None
+    size_mib: float | None = None
+    latency_ms: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a student may lose against its ensemble: accuracy as a share, NLL in nats."""
+
+    accuracy: float = 0.01
+    nll: float = 0.05
+
+
+def reason_against(columns: Mapping[str, Column], limits: Limits) -> str | None:
+    """Why a student is refused: what it loses, and how much may be lost; None where it is accepted."""
+    ensemble, student, reasons = columns["ensemble"], columns["student"], []
+    lost = ensemble.accuracy - student.accuracy
+    if lost > limits.accuracy:
+        reasons.append(
+            f"accuracy {student.accuracy:.2%}, the ensemble's {ensemble.accuracy:.2%}: {lost:.2%} lost, "
+            f"{limits.accuracy:.2%} allowed (--max-accuracy-loss)"
+        )
+    lost = student.nll - ensemble.nll
+    if not lost <= limits.nll:  # NaN is refused as well
+        reasons.append(
+            f"NLL {student.nll:.4f}, the ensemble's {ensemble.nll:.4f}: {lost:.4f} lost, {limits.nll:g} allowed "
+            "(--max-nll-loss)"
+        )
+    return "; ".join(reasons) or None
+
+
+def _latency(size: int) -> Callable[[Column], str]:
+    return lambda one: f"{one.latency_ms[str(size)]:.2f}" if one.latency_ms else ""
+
+
+ROWS: dict[str, Callable[[Column], str]] = {
+    "accuracy": lambda one: f"{one.accuracy:.2%}",
+    "NLL (nats)": lambda one: f"{one.nll:.4f}",
+    "ECE": lambda one: f"{one.ece:.2%}",
+    "agreement with the ensemble": lambda one: f"{one.agreement:.2%}",
+    "mutual information (nats)": lambda one: (
+        "" if one.mutual_information is None else f"{one.mutual_information:.4f}"
+    ),
+    "AUROC of unlike inputs": lambda one: "" if one.auroc is None else f"{one.auroc:.4f}",
+    "parameters": lambda one: "" if one.parameters is None else f"{one.parameters:,}",
+    "size (MiB)": lambda one: "" if one.size_mib is None else f"{one.size_mib:.1f}",
+    **{f"latency at batch {size} (ms)": _latency(size) for size in BATCHES},
+}
+
+
+def rows_of(columns: Mapping[str, Column]) -> list[list[str]]:
+    """The table for people: a row per figure that is known of anybody, a cell per column."""
+    rows = [[title, *(show(one) for one in columns.values())] for title, show in ROWS.items()]
+    return [row for row in rows if any(row[1:])]
+
+
+def as_json(columns: Mapping[str, Column]) -> dict[str, Any]:
+    """The same for report.json."""
+    return {name.replace(" ", "_"): asdict(one) for name, one in columns.items()}
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """The table of a report.json."""
+    columns = {name: Column(**report[name.replace(" ", "_")]) for name in COLUMNS}
+    head = [["", *columns], ["---"] + ["---:"] * len(columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows_of(columns)])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m optimise.distil.report REPORT.json")
+    print(as_markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,94 @@
+"""Turns a trained student into checkpoints, and a block that packs them with the archive's handler and settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vmap_ensemble.archive.identity import DESCRIPTION
+from vmap_ensemble.archive.labels import LABELS_FILE
+from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER
+from vmap_ensemble.archive.precision import PRECISION_FILE
+from vmap_ensemble.archive.settings import SETTINGS_FILE
+from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
+from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
+
+# What ./archive.sh makes of its own, and what belongs to the members that were distilled.
+MADE = {
+    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PRECISION_FILE, COMPILED_FOLDER, CHOICES_FOLDER),
+    *("vmap_ensemble", "MAR-INF", "__pycache__"),
+}
+
+
+def write_members(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """One .safetensors a member, each whole or not there; the names of the files.
+
+    Args:
+        folder: Where they go.
+        states: Name of the member -> its state dict.
+    """
+    files = []
+    for name, state in states.items():
+        scratch = folder / f".{name}.safetensors.new"
+        # A clone apart: safetensors refuses tensors that share memory, as tied ones do.
+        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}, scratch)
+        os.replace(scratch, folder / f"{name}.safetensors")
+        files.append(f"{name}.safetensors")
+    return files
+
+
+def write_block(folder: Path, archive: Path, name: str, settings: Mapping[str, Any], members: list[str]) -> Path:
+    """setup_config.json, with what it names copied from the archive beside it.
+
+    Args:
+        folder: Where members lie, and everything goes.
+        archive: The unpacked archive that was distilled.
+        name: Of the new archive.
+        settings: Of the new archive.
+        members: Files in `folder`.
+    """
+    block = {key: value for key, value in settings.items() if key != "name"} | {"members": members}
+    model_file = str(settings.get("architecture", "")).partition(":")[0]
+    roles = {
+        str(settings["handler"]): "handler",
+        LABELS_FILE: "labels",
+        _config_file(archive): "model_config",
+        model_file if model_file.endswith(".py") else "": "model_file",
+    }
+    extra = []
+    for path in sorted(archive.iterdir()):
+        if path.name in MADE:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / path.name)
+        if path.name in roles:
+            block[roles[path.name]] = path.name
+        else:
+            extra.append(path.name)
+    if extra:
+        block["extra_files"] = extra
+    return write_json(folder / SETTINGS_FILE, {name: block})
+
+
+def _config_file(archive: Path) -> str:
+    """The yaml of TorchServe's settings, as the archive's own description names it."""
+    path = archive / DESCRIPTION
+    model = json.loads(path.read_text(encoding="utf-8")).get("model", {}) if path.is_file() else {}
+    return str(model.get("configFile", ""))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """A JSON file that is whole or not there."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    return path
