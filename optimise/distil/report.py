@@ -5,9 +5,10 @@ python -m optimise.distil.report runs/student/report.json      the table of a ru
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,20 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows_of(columns)])
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of a finished run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m optimise.distil.report", description="Print a run's table as Markdown.", allow_abbrev=False
+    )
+    parser.add_argument("report", type=Path, metavar="REPORT", help="report.json of the run's folder")
+    path = parser.parse_args(arguments).report
+    try:
+        print(as_markdown(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path.name}: expected the report of a run, got {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m optimise.distil.report REPORT.json")
-    print(as_markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    sys.exit(main())

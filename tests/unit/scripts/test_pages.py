@@ -60,6 +60,10 @@ RUN_BY: dict[str, dict[str, str]] = {
         "curl": "tests/server/test_from_torchserve.py::test_one_archive_answers_the_mean_of_the_others",
         "my_bert": "tests/server/test_from_torchserve.py::test_an_archive_of_the_hugging_face_example_is_a_directory",
     },
+    "docs/distil.md": dict.fromkeys(
+        ("vmap-ensemble distil", "./archive.sh mnist_ens_heads"),
+        "tests/unit/optimise/test_distil.py::test_the_commands_of_the_page_run_as_written",
+    ),
     "docs/export.md": {"": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written"},
     "docs/library.md": {"": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written"},
     "docs/offline.md": {
