@@ -8,9 +8,7 @@ example has code of its own, since code for any batch size is slower on it.
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from vmap_ensemble.execution.compiled.packages import (
     write_compiled,
 )
 from vmap_ensemble.execution.compiled.unrolled import unroll
+from vmap_ensemble.execution.quiet import quietly
 
 # Freezing folds batch norm and packs weights for oneDNN; threads are the worker's, not the compiling machine's.
 INDUCTOR_OPTIONS = {"freezing": True, "cpp.dynamic_threads": True}
@@ -113,14 +112,5 @@ def _quiet_compiler() -> Iterator[None]:
     """A cache of its own, which is removed, and none of the compiler's warnings."""
     from torch._inductor.utils import fresh_cache  # here: the compiler's import takes seconds
 
-    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch.export")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), fresh_cache():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
+    with fresh_cache(), quietly("torch._inductor", "torch.export"):
+        yield

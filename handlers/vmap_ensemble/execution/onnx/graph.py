@@ -8,10 +8,8 @@ An exporter given all members would trace M times the same network, and repeat w
 from __future__ import annotations
 
 import io
-import logging
-import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +19,9 @@ from torch.utils import _pytree as pytree
 
 from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.errors import LoadError, first_line
+from vmap_ensemble.execution.quiet import quietly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import onnx_ir as ir
 
 # The first whose operators the exporter writes without conversion.
@@ -86,7 +83,11 @@ def export_module(module: nn.Module, args: Sequence[Tensor], names: Sequence[str
         LoadError: It can't be exported, in the exporter's first line.
     """
     what = type(getattr(module, "model", module)).__name__
-    with torch.no_grad(), _quiet_exporter():
+    with (
+        torch.no_grad(),
+        quietly("torch.onnx", "torch.export", "onnxscript", "onnx_ir"),
+        redirect_stdout(io.StringIO()),
+    ):
         try:
             program = torch.onnx.export(
                 module, tuple(args), dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
@@ -268,19 +269,3 @@ def _stack(name: str, members: list[ir.Value]) -> tuple[ir.Value, list[ir.Node]]
         name=f"{name}.stack",
     )
     return whole, [axis, *rows, joined]
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """None of the exporter's progress and warnings, thousands of lines of its own making."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
