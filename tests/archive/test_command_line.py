@@ -293,6 +293,7 @@ def test_the_choice_of_the_build_spares_the_first_start(project: Project, tmp_pa
         assert "measured at an earlier start" in ensemble.execution.reason
         assert ensemble.execution.name == stored["name"]
     (folder / choice).write_text("{}")
+    monkeypatch.setattr("vmap_ensemble.starting.CACHE", tmp_path / "nothing else")
     assert "earlier start" not in Ensemble.load(folder, batch_sizes=(16,)).execution.reason
 
 
