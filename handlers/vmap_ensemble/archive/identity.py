@@ -11,9 +11,9 @@ from pathlib import Path
 from vmap_ensemble.archive.manifest import CODE_SUFFIXES, MEMBERS_FOLDER, hash_file
 
 DESCRIPTION = "MAR-INF/MANIFEST.json"
-# Members and code stand in members.json, native code in compiled.json, with hashes that each load checks.
+# Members and code stand in members.json, native code in compiled.json, graphs in onnx.json, with hashes of their own.
 _ELSEWHERE = (MEMBERS_FOLDER, "MAR-INF", "__pycache__")
-_LISTED_SUFFIXES = (*CODE_SUFFIXES, ".pt2")
+_LISTED_SUFFIXES = (*CODE_SUFFIXES, ".pt2", ".onnx", ".onnx.data")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def identify(folder: Path) -> Identity:
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         elsewhere = any(part in _ELSEWHERE for part in path.relative_to(folder).parts)
-        if not elsewhere and path.suffix not in _LISTED_SUFFIXES and path.is_file():
+        if not elsewhere and not path.name.endswith(_LISTED_SUFFIXES) and path.is_file():
             yield path
 
 
