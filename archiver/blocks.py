@@ -26,6 +26,8 @@ ARCHIVER_KEYS = (
     *("pretrained", "library_path", "samples", "max_changed_predictions"),
     "checkpoint_weights",
 )
+# Of these, paths or lists of them.
+PATH_KEYS = ("labels", "model_config", "extra_files", "model_file", "pretrained", "library_path", "samples")
 
 MAX_CHANGED_PREDICTIONS = 0.01
 
@@ -139,6 +141,7 @@ def make_request(
         **(set or {}),
     }
     given = {key: block.pop(key) for key in ARCHIVER_KEYS if key in block}
+    given |= {key: _from_here(value) for key, value in (set or {}).items() if key in PATH_KEYS}
     paths = {"labels": labels, "model_config": model_config, "model_file": model_file, "pretrained": pretrained}
     # From here on a path of the command line is as one of the block: absolute, it starts at no folder.
     given |= {key: str(Path(value).absolute()) for key, value in paths.items() if value}
@@ -195,6 +198,13 @@ def nothing_there(spec: str, folder: Path) -> ArchiveError:
     if glob.has_magic(spec):
         return ArchiveError(f"members '{spec}': no file matches; a glob starts at {folder.name or folder}/")
     return ArchiveError(f"member '{spec}': no such file or folder")
+
+
+def _from_here(value: Any) -> Any:
+    """A path of the command line, or a list of them, absolute; what is none is refused where it is read."""
+    if isinstance(value, list):
+        return [_from_here(part) for part in value]
+    return str(Path(value).absolute()) if isinstance(value, str) and value else value
 
 
 def _model_file(name: str, given: Mapping[str, Any], folder: Path) -> tuple[Path | None, str]:

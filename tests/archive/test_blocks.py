@@ -72,3 +72,18 @@ def test_the_schema_that_editors_read_is_no_block(tmp_path):
     path = tmp_path / "setup_config.json"
     path.write_text(json.dumps({"$schema": "docs/setup_config.schema.json", "ens": BLOCK}))
     assert read_blocks(path) == {"ens": BLOCK}
+
+
+def test_paths_of_the_command_line_start_where_the_caller_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, block = tmp_path / "here", tmp_path / "block"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    told = {"labels": "l.json", "extra_files": ["x.py"], "samples": "photos", "model_file": "model.py:Net"}
+    request = make_request("ens", {"ens": BLOCK}, block, set=told)
+    assert (request.labels, request.model_file) == (here / "l.json", here / "model.py")
+    assert (request.extra_files, request.samples) == ((here / "x.py",), (here / "photos",))
+    assert request.settings["architecture"] == "model.py:Net"
+    request = make_request("ens", {"ens": {**BLOCK, **told}}, block)
+    assert (request.labels, request.extra_files) == (block / "l.json", (block / "x.py",))
+    with pytest.raises(ArchiveError, match="'ens': labels: expected a path, got 3"):
+        make_request("ens", {"ens": BLOCK}, block, set={"labels": 3})
