@@ -204,7 +204,9 @@ class Task:
         """Shape of one example."""
         shape = self.settings.input_shape or self.default_input_shape
         if shape is None:
-            raise SettingsError("setup_config.json: input_shape: expected the shape of one example, got nothing: say --input-shape")
+            raise SettingsError(
+                "setup_config.json: input_shape: expected the shape of one example, got nothing; --input-shape says it"
+            )
         return shape
 
     @cached_property
