@@ -11,7 +11,7 @@ from pathlib import Path
 from vmap_ensemble.archive.manifest import CODE_SUFFIXES, MEMBERS_FOLDER, hash_file
 
 DESCRIPTION = "MAR-INF/MANIFEST.json"
-# Members and code stand in members.json, native code in compiled.json, graphs in onnx.json, with hashes of their own.
+# Members and code stand in members.json, native code in compiled.json, graphs in onnx.json, each with its hash.
 _ELSEWHERE = (MEMBERS_FOLDER, "MAR-INF", "__pycache__")
 _LISTED_SUFFIXES = (*CODE_SUFFIXES, ".pt2", ".onnx", ".onnx.data")
 

@@ -205,7 +205,7 @@ class Task:
         shape = self.settings.input_shape or self.default_input_shape
         if shape is None:
             raise SettingsError(
-                "setup_config.json: input_shape: expected the shape of one example, got nothing; --input-shape says it"
+                "setup_config.json: input_shape: expected the shape of one example, got nothing: give --input-shape"
             )
         return shape
 
