@@ -189,11 +189,24 @@ def wait_for(read: Any, timeout_s: float = 15) -> Any:
     return found
 
 
+def settled(server: RayServe, name: str) -> dict[str, float]:
+    """The metric once it is the same for three seconds: processes report in turns."""
+    seen = [sums(server, name)]
+
+    def same() -> bool:
+        time.sleep(1.5)
+        seen.append(sums(server, name))
+        return len(seen) > 2 and seen[-1] == seen[-2] == seen[-3]
+
+    assert wait_for(same, 40)
+    return seen[-1]
+
+
 def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: RayServe) -> None:
     jobs = [bad_images.png(random.Random(seed)) for seed in range(15)]
     alone = [client.post("/predictions/mnist", content=png).json() for png in jobs]
     wait_for(lambda: sums(server, "EnsembleBatchSize").get("count", 0) >= 15)
-    before = sums(server, "EnsembleBatchSize")
+    before = settled(server, "EnsembleBatchSize")
     refused = sums(server, "EnsembleRefusedRequests").get("total", 0)
     with ThreadPoolExecutor(16) as pool:
         bad_one = pool.submit(client.post, "/predictions/mnist", content=b"no image")
@@ -206,7 +219,8 @@ def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: 
         now = sums(server, "EnsembleBatchSize")
         return now if now["sum"] >= before["sum"] + len(jobs) else {}
 
-    after = wait_for(grown)
+    assert wait_for(grown)
+    after = settled(server, "EnsembleBatchSize")
     assert after["sum"] == before["sum"] + len(jobs)
     # Sixteen at a time in batches of at most eight.
     assert 2 <= after["count"] - before["count"] <= 8

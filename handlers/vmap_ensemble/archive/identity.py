@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmap_ensemble.archive.manifest import CODE_SUFFIXES, MEMBERS_FOLDER, hash_file
 
@@ -30,23 +31,30 @@ class Identity:
 
 
 def identify(folder: Path) -> Identity:
-    """Read the version and hash the files of an unpacked archive; of members and code their listed hashes."""
+    """Read the version and hash the files of an unpacked archive.
+
+    Of members and code it takes the listed hashes. How a server batches, and with how many workers, is left out: the
+    model-config yaml.
+    """
+    told = _read(folder / DESCRIPTION)
     digest = hashlib.sha256()
-    for path in sorted(_files(folder)):
+    for path in sorted(_files(folder, str(told.get("configFile")))):
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
-    return Identity(_version(folder / DESCRIPTION), digest.hexdigest())
+    return Identity(str(told.get("modelVersion") or ""), digest.hexdigest())
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, how: str) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        elsewhere = any(part in _ELSEWHERE for part in path.relative_to(folder).parts)
+        name = path.relative_to(folder)
+        elsewhere = any(part in _ELSEWHERE for part in name.parts) or name.as_posix() == how
         if not elsewhere and not path.name.endswith(_LISTED_SUFFIXES) and path.is_file():
             yield path
 
 
-def _version(path: Path) -> str:
-    """What TorchServe calls the model's version; empty where nobody wrote any."""
+def _read(path: Path) -> dict[str, Any]:
+    """What TorchServe is told of the model; nothing where nobody wrote it."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model"]["modelVersion"])
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return {}
+    return model if isinstance(model, dict) else {}

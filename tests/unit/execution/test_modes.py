@@ -152,7 +152,14 @@ def test_a_setting_is_checked_against_the_same_names():
     with pytest.raises(SettingsError, match=r"^here: execution: expected one of auto, .*; did you mean 'prepared'\?"):
         parse_settings({"execution": "prepare"}, Settings, "here")
     schema = TypeAdapter(Settings).json_schema()["properties"]["execution"]
-    assert schema["enum"] == mode_names() == ["auto", "eager", "prepared", "compiled", "cudagraph", "reference"]
+    assert (
+        schema["enum"]
+        == mode_names()
+        == [
+            *("auto", "eager", "prepared", "compiled", "cudagraph"),
+            *("onnxruntime", "openvino", "reference"),
+        ]
+    )
 
 
 def test_there_is_one_budget():
