@@ -62,7 +62,7 @@ def test_a_vision_engineer_serves_lightning_folds(run: Run, tmp_path: Path) -> N
             "--set",
             'weights={"fold0-best": 2, "fold1-best": 1}',
             "abstain_below_probability=0.99",
-            "execution_budget_s=1",
+            "execution=eager",
         ),
     )
     assert "batches of up to 16" in told
@@ -146,6 +146,7 @@ def test_a_platform_engineer_moves_tenants(run: Run, tmp_path: Path) -> None:
         told = run(
             *("archive", "tenants", "--handler", "bert_handler.py", "--version", version, "--output", f"v{version}"),
             *("--members", *(f"tenants/{name}" for name in members)),
+            *(["--no-check"] if version != "1.0" else []),  # once is enough here: it takes a process of its own
             *(
                 "--set",
                 "mode=sequence_classification",
