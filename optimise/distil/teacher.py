@@ -7,7 +7,6 @@ test.safetensors    members (M, N, C) log-probabilities, ensemble (N, C) probabi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ItemError
 from vmap_ensemble.many import Windows, load_windows
+from vmap_ensemble.process.files import written_whole
 from vmap_ensemble.tasks.classification import pick_outputs
 from vmap_ensemble.tasks.task import Task
 
@@ -179,8 +179,7 @@ def _check_space(folder: Path, teacher: Teacher, data: Data) -> None:
 
 def _write(teacher: Teacher, data: Data, place: Path, workers: int, step: Step) -> None:
     members, together, labels, skipped, row = [], [], [], [], 0
-    scratch = place.with_suffix(".bin.new")
-    with scratch.open("wb") as file:
+    with written_whole(place.with_suffix(".bin")) as scratch, scratch.open("wb") as file:
         for names, examples in load_windows(Windows(teacher.task, data.rows), workers):
             good = [index for index, example in enumerate(examples) if not isinstance(example, ItemError)]
             skipped += [f"{names[i]}: {e}" for i, e in enumerate(examples) if isinstance(e, ItemError)]
@@ -196,13 +195,10 @@ def _write(teacher: Teacher, data: Data, place: Path, workers: int, step: Step) 
                 labels.append(torch.tensor(known)[finite])
             row += len(names)
             step(len(names))
-    if not sum(map(len, labels)):
-        scratch.unlink()
-        raise DistilError(f"no row can be read; the first: {skipped[0] if skipped else 'there is none'}")
+        if not sum(map(len, labels)):
+            raise DistilError(f"no row can be read; the first: {skipped[0] if skipped else 'there is none'}")
     facts = {"shape": list(teacher.shape), "skipped": skipped[:NAMED], "skipped_count": len(skipped)}
     tensors = {"members": torch.cat(members, 1), "ensemble": torch.cat(together), "labels": torch.cat(labels)}
-    os.replace(scratch, place.with_suffix(".bin"))
     # Last and at once: where it is, the examples are whole, too.
-    table = place.with_suffix(".safetensors.new")
-    save_file(tensors, table, {"facts": json.dumps(facts)})
-    os.replace(table, place.with_suffix(".safetensors"))
+    with written_whole(place.with_suffix(".safetensors")) as table:
+        save_file(tensors, table, {"facts": json.dumps(facts)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from optimise.distil.losses import UNLABELLED, joint_loss, soft_target_loss
 from optimise.distil.students import Student, train_mode
 from optimise.distil.teacher import Teacher, Told
 from vmap_ensemble.core.aggregate import OutputKind, log_probabilities
+from vmap_ensemble.process.files import written_whole
 from vmap_ensemble.tasks.classification import kind_for
 
 Into = Literal["one", "heads"]
@@ -218,9 +218,8 @@ class Training:
             "best_state": self.best_state,
             "optimizer": self.optimizer.state_dict(),
         }
-        scratch = self.path.with_name(f"{self.path.name}.new")
-        torch.save(state, scratch)
-        os.replace(scratch, self.path)
+        with written_whole(self.path) as scratch:
+            torch.save(state, scratch)
 
     def _go_on(self) -> None:
         state = torch.load(self.path, map_location=self.teacher.device, weights_only=True)

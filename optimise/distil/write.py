@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +11,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmap_ensemble.archive.identity import DESCRIPTION
+from archiver.pack import RESERVED_NAMES
+from vmap_ensemble.archive.identity import read_description
 from vmap_ensemble.archive.labels import LABELS_FILE
-from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER
-from vmap_ensemble.archive.precision import PRECISION_FILE
 from vmap_ensemble.archive.settings import SETTINGS_FILE
-from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
-from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
+from vmap_ensemble.process.files import written_whole
 
-# What ./archive.sh makes of its own, and what belongs to the members that were distilled.
-MADE = {
-    *(SETTINGS_FILE, MANIFEST_FILE, MEMBERS_FOLDER, PRECISION_FILE, COMPILED_FOLDER, CHOICES_FOLDER),
-    *("vmap_ensemble", "MAR-INF", "__pycache__"),
-}
+# What ./archive.sh makes of its own belongs to the members that were distilled; labels go over.
+MADE = {*RESERVED_NAMES, "__pycache__"} - {LABELS_FILE}
 
 
 def write_members(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -36,10 +30,10 @@ def write_members(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> l
     """
     files = []
     for name, state in states.items():
-        scratch = folder / f".{name}.safetensors.new"
         # A clone apart: safetensors refuses tensors that share memory, as tied ones do.
-        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}, scratch)
-        os.replace(scratch, folder / f"{name}.safetensors")
+        own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+        with written_whole(folder / f"{name}.safetensors") as scratch:
+            save_file(own, scratch)
         files.append(f"{name}.safetensors")
     return files
 
@@ -59,7 +53,7 @@ def write_block(folder: Path, archive: Path, name: str, settings: Mapping[str, A
     roles = {
         str(settings["handler"]): "handler",
         LABELS_FILE: "labels",
-        _config_file(archive): "model_config",
+        str(read_description(archive).get("configFile", "")): "model_config",
         model_file if model_file.endswith(".py") else "": "model_file",
     }
     extra = []
@@ -79,16 +73,8 @@ def write_block(folder: Path, archive: Path, name: str, settings: Mapping[str, A
     return write_json(folder / SETTINGS_FILE, {name: block})
 
 
-def _config_file(archive: Path) -> str:
-    """The yaml of TorchServe's settings, as the archive's own description names it."""
-    path = archive / DESCRIPTION
-    model = json.loads(path.read_text(encoding="utf-8")).get("model", {}) if path.is_file() else {}
-    return str(model.get("configFile", ""))
-
-
 def write_json(path: Path, value: Any) -> Path:
     """A JSON file that is whole or not there."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -36,7 +36,7 @@ def identify(folder: Path) -> Identity:
     Of members and code it takes the listed hashes. How a server batches, and with how many workers, is left out: the
     model-config yaml.
     """
-    told = _read(folder / DESCRIPTION)
+    told = read_description(folder)
     digest = hashlib.sha256()
     for path in sorted(_files(folder, str(told.get("configFile")))):
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
@@ -51,10 +51,10 @@ def _files(folder: Path, how: str) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What TorchServe is told of the model; nothing where nobody wrote it."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """What TorchServe is told of the model of an unpacked archive; nothing where nobody wrote it."""
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return model if isinstance(model, dict) else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vmap_ensemble.errors import EnsembleError, ItemError
+from vmap_ensemble.process.files import written_whole
 from vmap_ensemble.serving.requests import error_body
 from vmap_ensemble.serving.statuses import status_of
 from vmap_ensemble.tasks.answers import Answer, dump_json
@@ -112,9 +113,8 @@ class Output:
     def _save_state(self) -> None:
         """Before the first line: without it a part is of nobody knows what."""
         if not self._state.is_file():
-            scratch = self._state.with_name(f"{self._state.name}.new")
-            scratch.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
-            os.replace(scratch, self._state)
+            with written_whole(self._state) as scratch:
+                scratch.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -143,8 +143,7 @@ def to_parquet(lines: Path, target: Path) -> None:
         "answer": arrow.string(),
     }
     schema = arrow.schema(list(columns.items()))
-    scratch = target.with_name(f"{target.name}.new")
-    with parquet.ParquetWriter(scratch, schema) as writer:
+    with written_whole(target) as scratch, parquet.ParquetWriter(scratch, schema) as writer:
         rows: list[dict[str, Any]] = []
         for line in read_lines(lines):
             rows.append(_table_row(line))
@@ -152,7 +151,6 @@ def to_parquet(lines: Path, target: Path) -> None:
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
                 rows = []
         writer.write_table(arrow.Table.from_pylist(rows, schema))
-    os.replace(scratch, target)
 
 
 def _table_row(line: dict[str, Any]) -> dict[str, Any]:

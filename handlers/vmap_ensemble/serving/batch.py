@@ -26,6 +26,7 @@ from vmap_ensemble.tasks.answers import Answer, Options, dump_json
 
 logger = logging.getLogger(__name__)
 
+Asks = Literal["predict", "explain", "describe"]
 Record = Callable[..., None]  # name of a metric, value, own dimensions
 
 
@@ -41,7 +42,7 @@ class Incoming:
 
     fields: Mapping[str, Any]
     headers: Mapping[str, Any]
-    asks: Literal["predict", "explain", "describe"] = "predict"
+    asks: Asks = "predict"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Reply:
 
     status: int
     text: str
+
+
+def refusal(status: int, message: str) -> Reply:
+    """A reply that says why there is no answer."""
+    return Reply(status, dump_json(error_body(status, message)))
 
 
 def answer_batch(ensemble: Ensemble, batch: Sequence[Incoming], record: Record = lambda *row: None) -> list[Reply]:
@@ -189,7 +195,7 @@ class _Batch:
             return Reply(200, str(reply))
         status = status_of(reply)
         self.record("EnsembleRefusedRequests", 1, str(status), reason_of(status))
-        return Reply(status, dump_json(error_body(status, str(reply))))
+        return refusal(status, str(reply))
 
     def _record_times(self, batch: int, parse_s: float, forward_s: float, predicted_at: float) -> None:
         self.record("EnsembleParseTime", parse_s)

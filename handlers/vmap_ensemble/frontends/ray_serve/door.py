@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from vmap_ensemble.errors import RequestError, where
-from vmap_ensemble.serving.batch import Reply
-from vmap_ensemble.serving.requests import error_body
-from vmap_ensemble.tasks.answers import dump_json
+from vmap_ensemble.serving.batch import Asks, Reply, refusal
 
 logger = logging.getLogger(__name__)
 
-Asks = Literal["predict", "explain", "describe"]
 ROUTES: dict[str, Asks] = {"predictions": "predict", "explanations": "explain"}
 # `curl -T` puts.
 METHODS = ("POST", "PUT")
@@ -98,8 +95,3 @@ def _route(scope: Mapping[str, Any]) -> tuple[Asks, str]:
     if kind not in ROUTES or not name:
         raise RequestError(404, f"no such address; expected {' or '.join(f'/{route}/NAME' for route in ROUTES)}")
     return ROUTES[kind], name
-
-
-def refusal(status: int, message: str) -> Reply:
-    """A reply that says why there is no answer."""
-    return Reply(status, dump_json(error_body(status, message)))

@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.frontends.ray_serve.door import Door, Taken, refusal
+from vmap_ensemble.frontends.ray_serve.door import Door, Taken
 from vmap_ensemble.frontends.ray_serve.metrics import Metrics
 from vmap_ensemble.frontends.ray_serve.settings import ModelSettings
 from vmap_ensemble.process.memory import freed_memory_returned, keep_freed_memory
 from vmap_ensemble.process.threads import cores_at_hand
-from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch
+from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch, refusal
 from vmap_ensemble.serving.multipart import read_fields
 from vmap_ensemble.serving.statuses import reason_of
 
