@@ -141,10 +141,10 @@ def make_request(
         **(set or {}),
     }
     given = {key: block.pop(key) for key in ARCHIVER_KEYS if key in block}
-    given |= {key: _from_here(value) for key, value in (set or {}).items() if key in PATH_KEYS}
     paths = {"labels": labels, "model_config": model_config, "model_file": model_file, "pretrained": pretrained}
+    from_here = {**(set or {}), **{key: value for key, value in paths.items() if value}}
     # From here on a path of the command line is as one of the block: absolute, it starts at no folder.
-    given |= {key: str(Path(value).absolute()) for key, value in paths.items() if value}
+    given |= {key: _from_here(value) for key, value in from_here.items() if key in PATH_KEYS}
     handler_path = _find_handler(name, handler, block.get("handler"), folder)
     model_path, class_name = _model_file(name, given, folder)
     if model_path is not None and (class_name or architecture is None):

@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmap_ensemble.errors import EnsembleError
+from vmap_ensemble.process.outcome import exit_code
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vmap_ensemble.ensemble import Ensemble
+    from vmap_ensemble.execution.onnx.answers import AnsweredClasses
 
 EPILOG = """\
 outputs: the model's own of all members, (M, batch, ...); of classifiers also probabilities (batch, classes),
@@ -27,7 +31,7 @@ predictive_entropy, expected_entropy, mutual_information (nats), agreement (batc
 """
 # Largest difference of any output to the ensemble's that a file may have.
 TOLERANCE = 1e-4
-FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",)}
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 
 
 @dataclass(frozen=True)
@@ -51,34 +55,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("archive", type=Path, metavar="MAR", help="what ./archive.sh built")
-    add("--to", choices=tuple(FORMATS), required=True, help="the format")
+    add("--to", choices=tuple(SUFFIXES), required=True, help="the format")
     add("--output", type=Path, required=True, metavar="FILE", help="such as ens.onnx")
     add("--force", action="store_true", help="replace a file that exists")
     options = parser.parse_args(arguments)
-    if options.output.suffix not in FORMATS[options.to]:
-        parser.error(f"--output: expected a name that ends in {FORMATS[options.to][0]}, got {options.output.name}")
+    if options.output.suffix != SUFFIXES[options.to]:
+        parser.error(f"--output: expected a name that ends in {SUFFIXES[options.to]}, got {options.output.name}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 refused."""
+    """Run the command; returns its exit code: 0 done, 1 refused, 130 stopped."""
     options = parse_arguments(arguments)
-    from vmap_ensemble.errors import EnsembleError  # what follows imports torch
+    return exit_code("export", lambda: _run(options))
 
-    try:
-        if options.output.exists() and not options.force:
-            raise EnsembleError(f"{options.output.name}: exists; --force replaces it")
-        from vmap_ensemble.ensemble import Ensemble
 
-        ensemble = Ensemble.load(options.archive, execution="eager", device="cpu", dtype="fp32")
-        exported = export(ensemble, options.to, options.output)
-    except EnsembleError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"export: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return 1
-    _show(options.output, ensemble, exported)
+def _run(options: argparse.Namespace) -> int:
+    if options.output.exists() and not options.force:
+        raise EnsembleError(f"{options.output.name}: exists; --force replaces it")
+    from vmap_ensemble.ensemble import Ensemble  # what follows imports torch
+
+    ensemble = Ensemble.load(options.archive, execution="eager", device="cpu", dtype="fp32")
+    _show(options.output, ensemble, export(ensemble, options.to, options.output))
     return 0
 
 
@@ -94,11 +92,13 @@ def export(ensemble: Ensemble, to: str, path: Path) -> Exported:
         EnsembleError: The members can't be exported, a package is missing, or the file answers otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check(ensemble)
+    combined = _combined(ensemble)
     with tempfile.TemporaryDirectory(prefix="export-", dir=path.parent) as name:
         made = Path(name) / path.name
         write = {"onnx": _write_onnx, "pt2": _write_pt2}[to]
-        inputs, outputs, run = write(ensemble, made)
-        difference = _compare(ensemble, outputs, run)
+        inputs, outputs, run = write(ensemble, combined, made)
+        difference = _compare(ensemble, combined, outputs, run)
         files = sorted(Path(name).iterdir())
         for file in files:
             file.replace(path.parent / file.name)
@@ -107,22 +107,36 @@ def export(ensemble: Ensemble, to: str, path: Path) -> Exported:
 
 
 Run = Callable[[Sequence[Any]], "list[Tensor]"]
+Written = tuple[tuple[str, ...], tuple[str, ...], Run]
 
 
-def _write_onnx(ensemble: Ensemble, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], Run]:
+@dataclass(frozen=True)
+class Combined:
+    """What the ensemble makes of one of the members' outputs.
+
+    Attributes:
+        number: Which output it is, among the model's tensors.
+        example: Of it, for two rows.
+        answers: (M, B, C) -> the tensors of ANSWERS.
+    """
+
+    number: int
+    example: Tensor
+    answers: AnsweredClasses
+
+
+def _write_onnx(ensemble: Ensemble, combined: Combined | None, path: Path) -> Written:
     from vmap_ensemble.errors import LoadError
     from vmap_ensemble.execution.onnx.answers import add_answers
     from vmap_ensemble.execution.onnx.engines import load_onnxruntime
     from vmap_ensemble.execution.onnx.graph import export_members
     from vmap_ensemble.execution.onnx.packages import write_graph
 
-    forward, args = _checked(ensemble), _example(ensemble, 2)
+    forward: Any = ensemble.forward
     try:
-        graph = export_members(forward, args)
-        combined = _combined(ensemble)
+        graph = export_members(forward, _example(ensemble, 2))
         if combined is not None:
-            name, example = _class_output(ensemble, graph.outputs)
-            graph = add_answers(graph, name, example, combined)
+            graph = add_answers(graph, graph.outputs[combined.number], combined.example, combined.answers)
         write_graph(graph, path)
         engine = load_onnxruntime(path, graph.inputs, graph.outputs, forward.members.device)
     except ImportError as error:
@@ -130,35 +144,36 @@ def _write_onnx(ensemble: Ensemble, path: Path) -> tuple[tuple[str, ...], tuple[
     return graph.inputs, graph.outputs, lambda given: engine(_tensors(given))
 
 
-def _write_pt2(ensemble: Ensemble, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], Run]:
+def _write_pt2(ensemble: Ensemble, combined: Combined | None, path: Path) -> Written:
     import torch
 
     from vmap_ensemble.errors import LoadError, first_line
     from vmap_ensemble.execution.onnx.answers import ANSWERS
     from vmap_ensemble.execution.onnx.graph import AllMembers, free_axes
 
-    forward, args = _checked(ensemble), _example(ensemble, 2)
-    module = AllMembers(forward, args)
-    combined = _combined(ensemble)
-    outputs = tuple(module.names)
-    if combined is not None:
-        name, _ = _class_output(ensemble, outputs)
-        module.answer(outputs.index(name), combined)
-        outputs += ANSWERS
-    given = _tensors(args)
+    forward: Any = ensemble.forward
+    args = _example(ensemble, 2)
+    answered = () if combined is None else (combined.answers, combined.number)
+    module, given = AllMembers(forward, args, *answered), _tensors(args)
     try:
         with torch.no_grad():
             program = torch.export.export(
                 module.eval(), tuple(given), dynamic_shapes=(free_axes(given, bounded=True),)
             )
             torch.export.save(program, path)
-            loaded = torch.export.load(path).module()
+            run = torch.export.load(path).module()
     except Exception as error:  # whatever an exporter may raise
         raise LoadError(f"{type(forward.model).__name__} can't be exported: {first_line(error)}") from error
-    return tuple(forward.argument_names(args)), outputs, lambda rows: list(loaded(*_tensors(rows)))
+    outputs = (*module.names, *(() if combined is None else ANSWERS))
+    return tuple(forward.argument_names(args)), outputs, lambda rows: list(run(*_tensors(rows)))
 
 
-def _checked(ensemble: Ensemble) -> Any:
+def _check(ensemble: Ensemble) -> None:
+    """Refuse what has no graph.
+
+    Raises:
+        LoadError: Says why.
+    """
     from vmap_ensemble.errors import LoadError
     from vmap_ensemble.execution.onnx.graph import reasons_against
 
@@ -167,7 +182,6 @@ def _checked(ensemble: Ensemble) -> Any:
     reasons = reasons_against(ensemble.forward)
     if reasons:
         raise LoadError("; ".join(reasons))
-    return ensemble.forward
 
 
 def _example(ensemble: Ensemble, count: int) -> tuple[Any, ...]:
@@ -181,53 +195,44 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
     return [arg for arg in args if isinstance(arg, Tensor)]
 
 
-def _combined(ensemble: Ensemble) -> Any:
+def _combined(ensemble: Ensemble) -> Combined | None:
     """What combines the members' outputs to classes; None where the answer is none of classes."""
+    from torch.utils import _pytree as pytree
+
+    from vmap_ensemble.errors import LoadError
     from vmap_ensemble.execution.onnx.answers import AnsweredClasses
+    from vmap_ensemble.tasks.classification import pick_outputs
 
     if not ensemble.task.combines_classes:
         return None
     settings, kind = ensemble.settings, ensemble.task.class_answers.kind
-    return AnsweredClasses(ensemble.member_weights, settings.aggregation, settings.temperature, kind)
-
-
-def _class_output(ensemble: Ensemble, names: Sequence[str]) -> tuple[str, Tensor]:
-    """Which of the model's outputs is the classification, and what it is for two rows."""
-    from torch import Tensor
-    from torch.utils import _pytree as pytree
-
-    from vmap_ensemble.errors import LoadError
-    from vmap_ensemble.tasks.classification import pick_outputs
-
+    answers = AnsweredClasses(ensemble.member_weights, settings.aggregation, settings.temperature, kind)
     outputs = ensemble.outputs(*_example(ensemble, 2))
-    picked = pick_outputs(outputs, ensemble.settings.num_classes)
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    for name, leaf in zip(names, leaves, strict=True):
-        if leaf is picked:
-            return name, leaf.detach().clone()
+    picked = pick_outputs(outputs, settings.num_classes)
+    for number, tensor in enumerate(_tensors(pytree.tree_leaves(outputs))):
+        if tensor is picked:
+            return Combined(number, tensor.detach().clone(), answers)
     raise LoadError("the model gives one number a row without an axis of classes, which can't be exported")
 
 
-def _compare(ensemble: Ensemble, names: Sequence[str], run: Run) -> float:
+def _compare(ensemble: Ensemble, combined: Combined | None, names: Sequence[str], run: Run) -> float:
     """The largest difference of any output to the ensemble's, for batches of other sizes than it was exported with.
 
     Raises:
         LoadError: It is beyond TOLERANCE.
     """
     import torch
-    from torch import Tensor
     from torch.utils import _pytree as pytree
 
     from vmap_ensemble.errors import LoadError
 
-    combined, largest = _combined(ensemble), 0.0
+    largest = 0.0
     for count in (1, 3):
         args = _example(ensemble, count)
         with torch.inference_mode():
-            expected = [leaf for leaf in pytree.tree_leaves(ensemble.forward.loop(*args)) if isinstance(leaf, Tensor)]
+            expected = _tensors(pytree.tree_leaves(ensemble.forward.loop(*args)))
             if combined is not None:
-                name, _ = _class_output(ensemble, names[: len(expected)])
-                expected += combined(expected[list(names).index(name)])
+                expected += combined.answers(expected[combined.number])
             got = run(args)
         for name, own, other in zip(names, expected, got, strict=True):
             if own.shape != other.shape:

@@ -7,16 +7,17 @@ takes every tenth training image and every fifth test image of the full set, in 
 
 import argparse
 import gzip
-import math
 import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from vmap_ensemble.offline import idx
+from vmap_ensemble.offline.inputs import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE_DIR = REPOSITORY / "data" / "mnist"
@@ -28,7 +29,6 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 SAMPLE_STEP = {"train": 10, "test": 5}
-_UNSIGNED_BYTE = 0x08
 
 
 class DataError(Exception):
@@ -47,61 +47,29 @@ class Digits:
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """Read one idx file of unsigned bytes, plain or gzipped.
-
-    Args:
-        path: the file; one that ends in .gz is decompressed.
-        ndim: number of dimensions it must have: 3 for images, 1 for labels.
-
-    Returns:
-        A uint8 tensor of the shape that the header states.
+    """As `vmap_ensemble.offline.idx.read_idx`: a uint8 tensor.
 
     Raises:
-        DataError: not gzip, a wrong magic number, or more or fewer bytes than the header states.
-
-    Source: http://yann.lecun.com/exdb/mnist/ (the format, at the end of the page)
+        DataError: the file is damaged.
     """
-    raw = _read_bytes(path)
-    header_bytes = 4 + 4 * ndim
-    if len(raw) < header_bytes:
-        raise DataError(f"{path}: expected a header of {header_bytes} bytes, got a file of {len(raw)}")
-    magic = struct.unpack(">I", raw[:4])[0]
-    expected = (_UNSIGNED_BYTE << 8) | ndim
-    if magic != expected:
-        raise DataError(
-            f"{path}: expected the magic number {expected} (unsigned bytes, {ndim} dimensions), got {magic}"
-        )
-    shape = struct.unpack(f">{ndim}I", raw[4:header_bytes])
-    if len(raw) - header_bytes != math.prod(shape):
-        raise DataError(
-            f"{path}: its header states {shape}, {math.prod(shape)} bytes, got {len(raw) - header_bytes}; "
-            "the file is truncated or damaged, fetch it again"
-        )
-    # A copy, as the buffer of a bytes object can't be written to and torch wants one that can.
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header_bytes).reshape(shape).copy())
-
-
-def _read_bytes(path: Path) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
     try:
-        return gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+        # A copy, as the buffer of a bytes object can't be written to and torch wants one that can.
+        return torch.from_numpy(idx.read_idx(path, ndim).copy())
+    except InputError as error:
+        raise DataError(str(error)) from error
 
 
 def write_idx(path: Path, values: Tensor) -> None:
     """Write a uint8 tensor as a gzipped idx file; the same tensor gives the same bytes every time."""
-    header = struct.pack(f">I{values.dim()}I", (_UNSIGNED_BYTE << 8) | values.dim(), *values.shape)
+    header = struct.pack(f">I{values.dim()}I", (idx.UNSIGNED_BYTE << 8) | values.dim(), *values.shape)
     path.write_bytes(gzip.compress(header + values.numpy().tobytes(), compresslevel=9, mtime=0))
 
 
 def find_file(folder: Path, name: str) -> Path:
     """Find an idx file in a folder, or where torchvision puts it below one (MNIST/raw)."""
-    for parent in (folder, folder / "MNIST" / "raw"):
-        for candidate in (parent / f"{name}.gz", parent / name):
-            if candidate.is_file():
-                return candidate
+    path = idx.find_idx(folder, name)
+    if path is not None:
+        return path
     raise DataError(
         f"{folder}: expected {name}.gz or {name} in it or in its MNIST/raw; "
         "give --data-dir a folder with MNIST's four files, or --download to fetch them"

@@ -167,8 +167,7 @@ class Rivals:
             raise EnsembleError("; ".join(reasons))
         root = self.folder / "onnx-archive"
         root.mkdir(exist_ok=True)
-        two = tuple(torch.cat([arg, arg])[:2] for arg in self.args)
-        write_onnx(export_members(forward, two), forward.members, root)
+        write_onnx(export_members(forward, self.args), forward.members, root)
         return self._ours("auto", "ours_auto_onnx", ExecutionOptions(graph_folder=root))
 
     def _ours(self, mode: str, name: str = "", options: ExecutionOptions | None = None) -> Call:

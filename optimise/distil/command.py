@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmap_ensemble.process.outcome import exit_code
+
 EPILOG = """\
 data:
   a folder of images in folders named by their label, or without; a .csv, .tsv, .jsonl or .parquet table with paths
@@ -97,26 +99,14 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 refused, 130 stopped."""
     options = parse_arguments(arguments)
-    from vmap_ensemble.errors import EnsembleError  # what follows imports torch
-
     try:
         import torchmetrics  # noqa: F401 (before minutes of work)
     except ImportError:
         print("distil: scores need torchmetrics; pip install 'vmap-ensemble[distil]'", file=sys.stderr)
         return 1
-    from optimise.distil.run import run
+    from optimise.distil.run import run  # what follows imports torch
 
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print("distil: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    except EnsembleError as error:
-        print(f"distil: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"distil: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return 1
+    return exit_code("distil", lambda: run(options), "stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

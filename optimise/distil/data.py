@@ -18,7 +18,7 @@ from optimise.distil.idx import TRAIN, holds_idx, read_part
 from optimise.distil.losses import UNLABELLED
 from vmap_ensemble.errors import ItemError
 from vmap_ensemble.many import Row
-from vmap_ensemble.offline.inputs import InputError, Rows, open_rows
+from vmap_ensemble.offline.inputs import COLUMNS, InputError, Rows, open_rows
 
 LABEL_COLUMN = "label"
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -158,4 +158,4 @@ def _first_key(path: Path) -> str | None:
     """The key of a .jsonl's first object that holds its image; None where rows are items as they are."""
     first = _first_item(path)
     keys = first if isinstance(first, dict) else {}
-    return next((key for key in ("image", "path", "file", "filename") if key in keys and len(keys) > 1), None)
+    return next((key for key in COLUMNS[False] if key in keys and len(keys) > 1), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from optimise.distil.teacher import Teacher, Told
 from quality.scores import measure_auroc, score
 from vmap_ensemble.core.aggregate import combine_classes
 from vmap_ensemble.ensemble import Ensemble
+from vmap_ensemble.execution.timing import time_call
 
 ROUNDS, WARM_UPS = 30, 3
 States = Mapping[str, Mapping[str, Tensor]]
@@ -180,11 +180,9 @@ def measure_latencies(runs: Sequence[Callable[[Tensor], Any]], example: Tensor) 
         seconds: list[list[float]] = [[] for _ in runs]
         for number in range(WARM_UPS + ROUNDS):
             for own, run in zip(seconds, runs, strict=True):
-                started = time.perf_counter()
-                run(batch)
-                if batch.is_cuda:
-                    torch.cuda.synchronize(batch.device)
-                own += [time.perf_counter() - started] * (number >= WARM_UPS)
+                _, call_s = time_call(run, (batch,))
+                if number >= WARM_UPS:
+                    own.append(call_s)
         for own_ms, own in zip(found, seconds, strict=True):
             own_ms[str(size)] = round(1000 * statistics.median(own), 4)
     return found

@@ -41,8 +41,7 @@ class OneStudent(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         """(B, ...) -> (1, B, C)."""
-        outputs = pytree.tree_map(lambda leaf: leaf[None], self.model(batch))
-        return pick_outputs(outputs, self.classes)
+        return pick_outputs(with_axis(self.model(batch)), self.classes)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """Name of the member -> its state dict."""
@@ -105,6 +104,11 @@ class HeadsStudent(nn.Module):
 
 
 Student = OneStudent | HeadsStudent
+
+
+def with_axis(outputs: Any) -> Any:
+    """The outputs of one model as those of one member: an axis in front of each tensor."""
+    return pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, outputs)
 
 
 def train_mode(student: Student) -> Student:

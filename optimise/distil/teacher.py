@@ -21,6 +21,7 @@ from torch import Tensor
 from optimise.distil.data import Data
 from optimise.distil.errors import DistilError
 from optimise.distil.losses import UNLABELLED
+from optimise.distil.students import with_axis
 from vmap_ensemble.core.aggregate import log_probabilities
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.ensemble import Ensemble
@@ -130,12 +131,7 @@ class Teacher:
     def member(self, index: int, batch: Tensor) -> Tensor:
         """(B, C) log-probabilities of one member, through which a gradient flows to the batch."""
         outputs = self.forward.member(index, batch.to(self.dtype))
-        return self.log_probabilities(pick_outputs(_with_axis(outputs), self.settings.num_classes))[0]
-
-
-def _with_axis(outputs: Any) -> Any:
-    """The outputs of one model as those of one member: an axis in front of each tensor."""
-    return torch.utils._pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, outputs)
+        return self.log_probabilities(pick_outputs(with_axis(outputs), self.settings.num_classes))[0]
 
 
 def ask(teacher: Teacher, data: Data, place: Path, workers: int = 0, step: Step = lambda count: None) -> Told:

@@ -96,8 +96,7 @@ def combine_classes(
     else:
         ranking = rank(combined, mixture, TIE if method == "majority_vote" else 0.0)
         ranked = combined.gather(-1, ranking)
-    total = entropy(mixture)
-    expected = (share * entropy(parts.member_probabilities)).sum(0)
+    total, expected, information, agreement = disagreement(parts, ranking[:, 0])
     return ClassPrediction(
         probabilities=combined,
         mixture=mixture,
@@ -110,8 +109,8 @@ def combine_classes(
         finite=parts.finite,
         predictive_entropy=total,
         expected_entropy=expected,
-        mutual_information=(total - expected).clamp_min(0),
-        agreement=agreement(share, parts.votes, ranking[:, 0]),
+        mutual_information=information,
+        agreement=agreement,
     )
 
 
@@ -159,9 +158,12 @@ def combine(outputs: Tensor, weights: Tensor, method: Method, temperature: float
     return Combined(combined, mixture, own_probabilities, votes.indices, votes.values, finite, share)
 
 
-def agreement(share: Tensor, votes: Tensor, winner: Tensor) -> Tensor:
-    """(M, B) shares and votes, (B,) the ensemble's choice -> (B,), the share of the members that voted for it."""
-    return (share * (votes == winner)).sum(0).clamp_max(1)
+def disagreement(parts: Combined, winner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Predictive and expected entropy, mutual information, and agreement with the winner (B,): each (B,)."""
+    total = entropy(parts.mixture)
+    expected = (parts.share * entropy(parts.member_probabilities)).sum(0)
+    agreement = (parts.share * (parts.votes == winner)).sum(0).clamp_max(1)
+    return total, expected, (total - expected).clamp_min(0), agreement
 
 
 def scale(logits: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmap_ensemble.process.outcome import exit_code
 from vmap_ensemble.process.threads import cores_at_hand
 
 if TYPE_CHECKING:
@@ -68,19 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 refused, 130 stopped."""
     options = parse_arguments(arguments)
-    from vmap_ensemble.errors import EnsembleError  # what follows imports torch
-
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("predict: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    except EnsembleError as error:
-        print(f"predict: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"predict: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return 1
+    return exit_code("predict", lambda: _run(options), "stopped; the same command goes on where it was")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -20,12 +20,14 @@ from torch import nn
 
 from archiver.__main__ import main as archive_command
 from archiver.command import main as command
+from archiver.pack import RESERVED_NAMES
 from optimise.distil import augment, judge, losses
 from optimise.distil.command import main
 from optimise.distil.errors import DistilError
 from optimise.distil.report import ROWS, Column, Limits, as_markdown, reason_against
 from optimise.distil.students import HeadsStudent, OneStudent, last_module, train_mode
 from optimise.distil.train import Recipe, Training
+from optimise.distil.write import write_block
 from tests.conftest import write_archive
 from vmap_ensemble.ensemble import Ensemble
 
@@ -600,3 +602,20 @@ def test_the_commands_of_the_page_run_as_written(
         else:
             assert archive_command([*arguments, "--no-check", "--output", "model_store"]) == 0
     assert list((tmp_path / "model_store").glob("*_heads.mar"))
+
+
+def test_what_archive_sh_makes_of_the_teachers_members_stays_behind(archive: Path, tmp_path: Path) -> None:
+    """A graph or native code of the ensemble would be refused in the student's archive."""
+    teacher = shutil.copytree(archive, tmp_path / "teacher")
+    for name in RESERVED_NAMES:
+        if not (teacher / name).exists():
+            (teacher / name).mkdir()
+    (teacher / "onnx" / "members.onnx").write_bytes(b"x")
+    (teacher / "more.txt").write_text("x")
+    (tmp_path / "student").mkdir()
+    write_block(
+        tmp_path / "student", teacher, "s", {"handler": "mnist_handler.py", "architecture": "mnist"}, ["s.pt"]
+    )
+    written = {path.name for path in (tmp_path / "student").iterdir()}
+    assert "more.txt" in written
+    assert not written & (set(RESERVED_NAMES) - {"setup_config.json", "index_to_name.json"})

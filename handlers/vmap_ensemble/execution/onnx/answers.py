@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vmap_ensemble.core.aggregate import TIE, Method, OutputKind, agreement, combine, entropy
+from vmap_ensemble.core.aggregate import TIE, Method, OutputKind, combine, disagreement
 from vmap_ensemble.execution.onnx.graph import MembersGraph, export_module
 
 # Outputs of `AnsweredClasses`, in order; entropies in nats.
@@ -40,12 +40,7 @@ class AnsweredClasses(nn.Module):
         # Equal votes are decided by the mean probability.
         tie = TIE if self.how[0] == "majority_vote" else 0.0
         winner = torch.where(found.probabilities >= best - tie, found.mixture, -1.0).argmax(-1)
-        total = entropy(found.mixture)
-        expected = (found.share * entropy(found.member_probabilities)).sum(0)
-        return (
-            *(found.probabilities, total, expected, (total - expected).clamp_min(0)),
-            *(agreement(found.share, found.votes, winner), found.member_probabilities),
-        )
+        return (found.probabilities, *disagreement(found, winner), found.member_probabilities)
 
 
 def add_answers(graph: MembersGraph, output: str, example: Tensor, answers: AnsweredClasses) -> MembersGraph:

@@ -57,12 +57,13 @@ def export_members(forward: EnsembleForward, args: Sequence[Any]) -> MembersGrap
 
     Args:
         forward: One that `reasons_against` has nothing against; its members' tensors are not copied.
-        args: Its arguments for a batch of at least two, texts of at least two tokens. Axis 0 is the batch; axis 1 of
-            whole numbers is the length.
+        args: Its arguments for a batch, texts of at least two tokens. Axis 0 is the batch; axis 1 of whole numbers
+            is the length.
 
     Raises:
         LoadError: The architecture can't be exported, in the exporter's first line.
     """
+    args = two_rows(args)
     names = forward.argument_names(args)
     given = [arg for arg in args if isinstance(arg, Tensor)]
     member = OneMember(forward, args).eval()
@@ -136,19 +137,18 @@ class AllMembers(nn.Module):
     Args:
         forward: Gives model and weights.
         args: Of a batch.
+        answers: Also gives what this makes of one output.
+        answered: The number of that output.
     """
 
-    def __init__(self, forward: EnsembleForward, args: Sequence[Any]) -> None:
+    def __init__(
+        self, forward: EnsembleForward, args: Sequence[Any], answers: nn.Module | None = None, answered: int = 0
+    ) -> None:
         super().__init__()
         count = len(forward.members.names)
         self.members = nn.ModuleList(OneMember(forward, args, index) for index in range(count))
         self.names: list[str] = self.members[0].names  # type: ignore[assignment]
-        self._answered = 0
-        self._answers: nn.Module | None = None
-
-    def answer(self, number: int, answers: nn.Module) -> None:
-        """Also give what a module makes of the output with this number."""
-        self._answered, self._answers = number, answers
+        self._answers, self._answered = answers, answered
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Run every member on the same batch."""
@@ -161,6 +161,11 @@ def _name(path: tuple[Any, ...]) -> str:
     """What an output is called: `logits` of a mapping, `output` of a tensor alone, `output_1` of a tuple."""
     parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
     return "_".join(["output", *parts] if not parts or parts[0].isdigit() else parts)
+
+
+def two_rows(args: Sequence[Any]) -> tuple[Any, ...]:
+    """A batch of two from one of any size: an axis of one would be taken for a constant."""
+    return tuple(torch.cat([arg, arg])[:2] if isinstance(arg, Tensor) else arg for arg in args)
 
 
 def free_axes(args: Sequence[Tensor], bounded: bool = False) -> tuple[dict[int, Any], ...]:

@@ -107,7 +107,7 @@ def _build(load: Load, forward: Forward, examples: Sequence[Args], options: Exec
         else:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmap-ensemble-"))) / GRAPH
             assert isinstance(forward, EnsembleForward)  # `reasons_against` has nothing against it
-            graph = export_members(forward, _two(max(examples, key=lambda args: len(args[0]))))
+            graph = export_members(forward, max(examples, key=lambda args: len(args[0])))
             write_graph(graph, path)
             inputs, outputs = graph.inputs, graph.outputs
         engine = load(path, inputs, outputs, forward.members.device)
@@ -115,8 +115,3 @@ def _build(load: Load, forward: Forward, examples: Sequence[Args], options: Exec
     if given != len(inputs):
         raise LoadError(f"the graph takes {len(inputs)} tensors ({', '.join(inputs)}), the forward {given}")
     return Built(GraphForward(engine, forward, examples[0]))
-
-
-def _two(args: Args) -> tuple[Any, ...]:
-    """A batch of two from one of any size: an axis of one would be taken for a constant."""
-    return tuple(torch.cat([arg, arg])[:2] if isinstance(arg, Tensor) else arg for arg in args)
