@@ -28,12 +28,16 @@ class NativeRun:
         members: M.
         pack_weight: (M, out, in) or (out, in) weights -> packed ones, one per member, or one in all.
         found: Its layers, whose form the kernel takes.
+        int8: Multiply in 8 bits; see `PackedLayers`.
     """
 
-    def __init__(self, lowered: LoweredModel, members: int, pack_weight: PackWeight, found: FoundLayers) -> None:
+    def __init__(
+        self, lowered: LoweredModel, members: int, pack_weight: PackWeight, found: FoundLayers, *, int8: bool = False
+    ) -> None:
         groups = itertools.groupby(found.layers, key=lambda layer: layer.is_own(lowered))
         self._layers = [
-            PackedLayers(found.layers[0].form, [layer.tensors(lowered) for layer in layers]) for _, layers in groups
+            PackedLayers(found.layers[0].form, [layer.tensors(lowered) for layer in layers], int8=int8)
+            for _, layers in groups
         ]
         self._first_only = found.first_only
         begin = found.layers[0].rows

@@ -1,8 +1,8 @@
-"""Turns a packed encoder into a vmapped forward that runs each member as a flat graph on oneDNN's packed weights.
+"""Turns a packed encoder into a forward that spares what is around its products: Python, operators, memory.
 
 What transformers, vmap and the batching rules do in Python around each operator takes a third of the time of a
-short text, and layers of all members side by side don't fit a cache. Here a member's layers run one after another,
-as one custom operator whose vmap rule runs the members, on a core each where that is measured faster.
+short text, and layers of all members side by side don't fit a cache. Here one member is traced, and its layers run in
+one call of the kernel (native.py), or as a flat graph of fused operators (graph_run.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from vmap_ensemble.execution.timing import Budget, time_block
 
 logger = logging.getLogger(__name__)
 
-# Relative to the largest output; the same products in another order.
-TOLERANCE = 1e-5
+# Relative to the largest output; the same products in another order. In 8 bits a rounding that falls the other way is
+# a step of 127 of a row.
+TOLERANCE, INT8_TOLERANCE = 1e-5, 5e-2
 # How members share the cores is measured on so many tokens; a batch goes by the nearer one.
 FEW_TOKENS, MANY_TOKENS = 16, 128
 _ROUNDS, _BUDGET_S = 4, 0.5
@@ -38,6 +39,7 @@ class PreparedEncoder:
     Args:
         forward: The packed forward, float32 on a CPU.
         example: Its arguments; tells whether it is called with token types. Sizes don't matter.
+        int8: Multiply in 8 bits, which is held against the forward's `loop`.
 
     Raises:
         UnsupportedModel: Its tensors are elsewhere or of another dtype, or the model can't be traced.
@@ -47,14 +49,15 @@ class PreparedEncoder:
         Shares the packed matrices of the forward's rules; query, key and value are packed once more, joined.
     """
 
-    def __init__(self, forward: PackedForward, example: tuple[Any, ...]) -> None:
+    def __init__(self, forward: PackedForward, example: tuple[Any, ...], *, int8: bool = False) -> None:
         tensors = [tensor for tensor in forward.members.tensors() if tensor.is_floating_point()]
         if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
             raise UnsupportedModel("expected float32 weights on a CPU; use eager or compiled")
-        self.forward = forward
+        self.forward, self._plainly = forward, forward.loop if int8 else forward
+        self._tolerance = INT8_TOLERANCE if int8 else TOLERANCE
         self._with_types = len(example) > 2 and example[2] is not None
         lowered, self._structure = trace_encoder(forward, self._with_types)
-        self._run = build_run(lowered, forward)
+        self._run = build_int8_run(lowered, forward) if int8 else build_run(lowered, forward)
         self.at_a_time = {FEW_TOKENS: 1, MANY_TOKENS: 1}
         for lengths in ([1], [2], [3, 1, 3]):  # the sizes that tracing might have taken for constants, and others
             self._check(lengths)
@@ -64,7 +67,7 @@ class PreparedEncoder:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts; arguments and outputs as the packed forward's."""
         if (token_type_ids is not None) != self._with_types:
-            return self.forward(input_ids, attention_mask, token_type_ids)
+            return self._plainly(input_ids, attention_mask, token_type_ids)
         packing = pack(attention_mask)
         rows = self.forward.pack_rows(packing, input_ids, token_type_ids)
         few = len(packing.index) <= (FEW_TOKENS * MANY_TOKENS) ** 0.5
@@ -81,11 +84,12 @@ class PreparedEncoder:
 
     def _check(self, lengths: list[int]) -> None:
         inputs = self._draw(lengths)
-        expected, got = (pytree.tree_leaves(run(*inputs)) for run in (self.forward, self))
+        outputs = [self.forward.comparable(run(*inputs), inputs, 1) for run in (self._plainly, self)]
+        expected, got = map(pytree.tree_leaves, outputs)
         for own, ours in zip(expected, got, strict=True):
             if own.shape != ours.shape:
                 raise LoadError(f"{lengths} tokens: expected an output of {list(own.shape)}, got {list(ours.shape)}")
-            bound = TOLERANCE * max(1.0, own.abs().max().item())
+            bound = self._tolerance * max(1.0, own.abs().max().item())
             if not torch.allclose(own, ours, rtol=0, atol=bound, equal_nan=True):
                 raise LoadError(f"{lengths} tokens: the graph differs from the forward by more than {bound:.0e}")
 
@@ -117,3 +121,17 @@ def build_run(lowered: LoweredModel, forward: PackedForward) -> Run:
         logger.info("layers of '%s' run as a graph: %s", type(forward.model).__name__, "; ".join(reasons))
         return GraphRun(lowered, members, forward.packed_weights)
     return NativeRun(lowered, members, forward.packed_weights, found)
+
+
+def build_int8_run(lowered: LoweredModel, forward: PackedForward) -> Run:
+    """All layers in one call of the kernel, in 8 bits.
+
+    Raises:
+        UnsupportedModel: The kernel doesn't take them.
+    """
+    found = find_layers(lowered)
+    reasons = ["they aren't those of BERT"] if found is None else found.layers[0].form.reasons_against()
+    if found is None or reasons:
+        name = type(forward.model).__name__
+        raise UnsupportedModel(f"quantization int8: layers of '{name}': {'; '.join(reasons)}; leave it out")
+    return NativeRun(lowered, len(forward.members.names), forward.packed_weights, found, int8=True)

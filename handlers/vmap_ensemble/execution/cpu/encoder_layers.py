@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from vmap_ensemble.execution.cpu.kernel_library import load_library
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+MOST = 127.0  # of a number in 8 bits, symmetric
 _Sizes = ctypes.c_int64 * 9
 
 
@@ -89,15 +91,17 @@ class PackedLayers:
     Args:
         form: What the layers have in common, without `LayerForm.reasons_against`.
         layers: Their float32 tensors, in order; all of one M.
+        int8: Multiply in 8 bits: weights rounded here, one scale per output, and rows when they come, one per row,
+            both symmetric. Sums, biases, norms, softmax and activations stay float32.
     """
 
-    def __init__(self, form: LayerForm, layers: Sequence[LayerTensors]) -> None:
-        self.form, self.count = form, len(layers)
+    def __init__(self, form: LayerForm, layers: Sequence[LayerTensors], *, int8: bool = False) -> None:
+        self.form, self.count, self.int8 = form, len(layers), int8
         tensors = [tensor for layer in layers for tensor in layer.in_order()]
         self.members = len(tensors[0])
-        self.weights = torch.empty(self.members, sum(tensor[0].numel() for tensor in tensors))
-        for own, index in zip(self.weights, range(self.members), strict=True):
-            _pack([tensor[index] for tensor in tensors], own)
+        self.weights = torch.empty(self.members, sum(_floats(tensor[0], int8) for tensor in tensors))
+        for index, own in enumerate(self.weights):
+            _pack([tensor[index] for tensor in tensors], own, int8)
 
     def run(
         self, x: Tensor, starts: Tensor, lengths: Tensor, *, first_only: bool = False, at_a_time: int = 1
@@ -126,7 +130,7 @@ class PackedLayers:
         sizes = _Sizes(members, self.count, form.hidden, form.inner, form.heads, rows, texts, *strides)
         done = load_library().encoder_run(  # type: ignore[union-attr]
             *(sizes, self.weights.data_ptr(), x.data_ptr(), starts.data_ptr(), lengths.data_ptr(), y.data_ptr()),
-            *(ACTIVATIONS[form.activation], first_only, form.epsilon, form.scale),
+            *(self.int8, ACTIVATIONS[form.activation], first_only, form.epsilon, form.scale),
             *(at_a_time, torch.get_num_threads()),
         )
         if not done:
@@ -141,14 +145,38 @@ class PackedLayers:
             raise RuntimeError(f"encoder layers: expected {expected}, got {x.dtype} {tuple(x.shape)}")
 
 
-def _pack(tensors: Sequence[Tensor], to: Tensor) -> None:
+def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., out, in) float32 -> int8 of the same shape, -127 to 127, and (..., out) what one step of an output is."""
+    steps = weight.abs().amax(-1) / MOST
+    safe = steps.where(steps > 0, 1.0)
+    return (weight / safe.unsqueeze(-1)).round().to(torch.int8), steps
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """(..., in) float32 as the kernel rounds rows to 8 bits, in plain torch."""
+    highest = x.abs().amax(-1, keepdim=True)
+    return (x * (MOST / highest).where(highest > 0, 0.0)).round() * (highest / MOST)
+
+
+def _floats(tensor: Tensor, int8: bool) -> int:
+    """The memory of one member's packed tensor."""
+    if not int8 or tensor.dim() == 1:
+        return tensor.numel()
+    return int(load_library().encoder_int8_floats(*tensor.shape))  # type: ignore[union-attr]
+
+
+def _pack(tensors: Sequence[Tensor], to: Tensor, int8: bool) -> None:
     """One member's tensors, matrices in the kernel's order, one behind the other."""
-    library, at = load_library(), 0
+    library: Any = load_library()
+    at = 0
     for tensor in tensors:
-        place = to[at : at + tensor.numel()]
-        if tensor.dim() == 2:
-            matrix = tensor.contiguous()
-            library.encoder_pack(matrix.data_ptr(), place.data_ptr(), *matrix.shape)  # type: ignore[union-attr]
-        else:
+        place = to[at : at + _floats(tensor, int8)]
+        if tensor.dim() == 1:
             place.copy_(tensor)
-        at += tensor.numel()
+        elif int8:
+            rounded, steps = round_weight(tensor)
+            library.encoder_pack_int8(rounded.data_ptr(), steps.data_ptr(), place.data_ptr(), *tensor.shape)
+        else:
+            matrix = tensor.contiguous()
+            library.encoder_pack(matrix.data_ptr(), place.data_ptr(), *matrix.shape)
+        at += len(place)

@@ -1,4 +1,4 @@
-"""The kernel of whole encoders against torch's own operators, for both instruction sets that this CPU may run."""
+"""The kernel of whole encoders against torch's own operators, for every instruction set that this CPU has."""
 
 import itertools
 
@@ -7,8 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from vmap_ensemble.execution.cpu import encoder_layers, kernel_library
-from vmap_ensemble.execution.cpu.encoder_layers import ACTIVATIONS, LayerForm, LayerTensors, PackedLayers
-from vmap_ensemble.execution.cpu.kernel_library import INSTRUCTION_SETS, build_library, instruction_set
+from vmap_ensemble.execution.cpu.encoder_layers import (
+    ACTIVATIONS,
+    LayerForm,
+    LayerTensors,
+    PackedLayers,
+    round_rows,
+    round_weight,
+)
+from vmap_ensemble.execution.cpu.kernel_library import (
+    INSTRUCTION_SETS,
+    InstructionSet,
+    build_library,
+    capability,
+    instruction_set,
+)
 
 HIDDEN, INNER, HEADS = 64, 96, 4
 PLAIN = {
@@ -21,13 +34,20 @@ PLAIN = {
 TEXTS = ([1], [2, 3], [7, 1, 30], [100], [96, 97, 3])
 
 
-@pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
+# What is around the CPU's own products of 8-bit numbers, on CPUs that have none.
+EMULATED = InstructionSet("emulated", 8, ("-mavx2", "-mfma", "-DINTEGER_PRODUCTS"))
+SETS = {**INSTRUCTION_SETS, "emulated": EMULATED}
+
+
+@pytest.fixture(autouse=True, params=SETS)
 def _instructions(request, monkeypatch):
-    """Each library that this CPU can run: one for AVX-512 means that AVX2 runs as well."""
-    here, wanted = instruction_set(), INSTRUCTION_SETS[request.param]
-    if here is None or wanted.lanes > here.lanes:
+    """Each library that this CPU can run: the sets are in order, but for the last."""
+    names = list(INSTRUCTION_SETS)
+    if instruction_set() is None or (
+        request.param in names and names.index(request.param) > names.index(capability())
+    ):
         pytest.skip(f"no {request.param} here")
-    library = kernel_library._open(build_library(wanted, kernel_library.CACHE))
+    library = kernel_library._open(build_library(SETS[request.param], kernel_library.CACHE))
     for module in (encoder_layers, kernel_library):
         monkeypatch.setattr(module, "load_library", lambda: library)
     before = torch.get_num_threads()
@@ -58,18 +78,25 @@ def draw_layers(form, members, count):
     return layers
 
 
-def run_plainly(form, layers, member, x, lengths):
+def run_plainly(form, layers, member, x, lengths, int8=False):
     """(T, H) of one member by torch."""
+
+    def multiply(rows, weight, bias):
+        if int8:
+            (rounded, steps), rows = round_weight(weight), round_rows(rows)
+            weight = rounded * steps.unsqueeze(-1)
+        return F.linear(rows, weight, bias)
+
     for layer in layers:
         w = [tensor[member % len(tensor)] for tensor in layer.in_order()]
         texts = []
-        for text in F.linear(x, *w[:2]).split(lengths):
+        for text in multiply(x, *w[:2]).split(lengths):
             query, key, value = text.view(len(text), 3, form.heads, -1).permute(1, 2, 0, 3)
             scores = (query @ key.mT * form.scale).softmax(-1)
             texts.append((scores @ value).transpose(0, 1).reshape(len(text), -1))
-        x = F.layer_norm(F.linear(torch.cat(texts), *w[2:4]) + x, (form.hidden,), *w[4:6], form.epsilon)
-        wide = PLAIN[form.activation](F.linear(x, *w[6:8]))
-        x = F.layer_norm(F.linear(wide, *w[8:10]) + x, (form.hidden,), *w[10:12], form.epsilon)
+        x = F.layer_norm(multiply(torch.cat(texts), *w[2:4]) + x, (form.hidden,), *w[4:6], form.epsilon)
+        wide = PLAIN[form.activation](multiply(x, *w[6:8]))
+        x = F.layer_norm(multiply(wide, *w[8:10]) + x, (form.hidden,), *w[10:12], form.epsilon)
     return x
 
 
@@ -90,6 +117,43 @@ def test_equals_torch(threads, lengths):
     torch.set_num_threads(threads)
     for members, at_a_time in itertools.product([1, 2, 5], [1, 2]):
         assert_runs(form_of(), members, lengths, at_a_time=at_a_time)
+
+
+@pytest.mark.parametrize(("threads", "lengths"), itertools.product([1, 2], TEXTS))
+def test_int8_equals_the_same_numbers_in_torch(threads, lengths):
+    torch.set_num_threads(threads)
+    form, sizes = form_of(), torch.tensor(lengths)
+    layers, starts = draw_layers(form, 2, 2), sizes.cumsum(0) - sizes
+    x = torch.randn(2, sum(lengths), HIDDEN, generator=torch.Generator().manual_seed(1))
+    got = PackedLayers(form, layers, int8=True).run(x, starts, sizes, at_a_time=2)
+    expected = torch.stack([run_plainly(form, layers, m, x[m], lengths, int8=True) for m in range(2)])
+    # A number on the edge of two steps may fall either way; that is little beside what 8 bits change.
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
+    whole = torch.stack([run_plainly(form, layers, m, x[m], lengths) for m in range(2)])
+    changed = (expected - whole).abs().mean()
+    assert changed > 1e-4
+    assert (got - expected).abs().mean() < 0.5 * changed
+
+
+def test_int8_of_zeros_and_of_what_is_not_finite():
+    form, layers = form_of(), draw_layers(form_of(), 1, 1)
+    layers[0].up[:, 3] = 0.0
+    x = torch.zeros(1, 5, HIDDEN)
+    packed, texts = PackedLayers(form, layers, int8=True), (torch.tensor([0, 2]), torch.tensor([2, 3]))
+    expected = run_plainly(form, layers, 0, x[0], [2, 3], int8=True)
+    torch.testing.assert_close(packed.run(x, *texts)[0], expected, rtol=0, atol=0.05)
+    x[0, 3, 1] = float("inf")
+    got = packed.run(x, *texts)[0]
+    assert bool(got[:2].isfinite().all())
+    assert bool(got[2:].isnan().all())
+
+
+def test_weights_in_8_bits():
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
+    rounded, steps = round_weight(weight)
+    assert rounded.tolist() == [[64, -127, 32], [0, 0, 0]]
+    torch.testing.assert_close(steps, torch.tensor([2 / 127, 0.0]))
+    torch.testing.assert_close(round_rows(weight), rounded * steps.unsqueeze(-1))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
