@@ -113,7 +113,7 @@ def build_rivals(
         Rival("stock vmap", lambda inputs: stock(*inputs).last_hidden_state),
         Rival("vmap, our rules", lambda inputs: ruled(*inputs).last_hidden_state),
         Rival("vmap, our rules, packed", lambda inputs: ours(*inputs).last_hidden_state),
-        Rival("prepared: a graph, member by member", lambda inputs: prepared(*inputs).last_hidden_state),
+        Rival(f"prepared: {prepared.what}", lambda inputs: prepared(*inputs).last_hidden_state),
     ]
     if "onnxruntime" not in options.skip:
         rivals.append(Rival("ONNX Runtime", export_to_onnx(modules, options.threads)))
