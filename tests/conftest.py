@@ -85,15 +85,15 @@ def encode(array, kind="PNG", **options):
 @pytest.fixture(scope="session")
 def ft_library():
     """The FasterTransformer library, built and loaded; tests that need it skip where there is no compiler."""
-    from fastertransformer import build
+    from fastertransformer import library
     from vmap_ensemble.encoders.traced.library import load_ft_library
 
     try:
-        build.find_compiler()
-    except build.BuildError as error:
+        library.find_compiler()
+    except library.BuildError as error:
         pytest.skip(str(error))
     # FT_LIBRARY: a build of one's own, such as one with AddressSanitizer.
-    path = Path(os.environ.get("FT_LIBRARY") or build.ensure_library())
+    path = Path(os.environ.get("FT_LIBRARY") or library.ensure_library())
     load_ft_library(path)
     return path
 
