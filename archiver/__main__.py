@@ -12,10 +12,13 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from archiver.blocks import ArchiveRequest, check_files, make_request, read_blocks
 from archiver.command_line import overrides_of, parse_arguments
 from vmap_ensemble.errors import ArchiveError, EnsembleError, NetworkError
+
+if TYPE_CHECKING:
+    from archiver.blocks import ArchiveRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +50,8 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.check:
         return _check(options)
+    from archiver.blocks import check_files, make_request, read_blocks  # with pydantic; --help needs none
+
     # An archive can be made without any block, from the command line alone.
     only = options.name[0] if len(options.name) == 1 else None
     blocks = read_blocks(options.config, only) if options.config.is_file() or not options.members else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from archiver import HANDLERS
+from archiver.block import ARCHIVER_KEYS, MAX_CHANGED_PREDICTIONS, PATH_KEYS, Block, MemberSpecs, check_block
 from archiver.flat import DEFAULT_NAME, is_flat, read_flat
 from vmap_ensemble.errors import ArchiveError
 
@@ -19,19 +20,6 @@ from vmap_ensemble.errors import ArchiveError
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # File systems take names of 255 bytes; a scratch folder beside the archive has a longer one.
 LONGEST_NAME = 200
-VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
-# Keys that only the archiver reads; all others are the handler's settings and go into the archive.
-ARCHIVER_KEYS = (
-    *("members", "labels", "model_config", "extra_files", "model_file", "version", "allow_nan"),
-    *("pretrained", "library_path", "samples", "max_changed_predictions"),
-    "checkpoint_weights",
-)
-# Of these, paths or lists of them.
-PATH_KEYS = ("labels", "model_config", "extra_files", "model_file", "pretrained", "library_path", "samples")
-
-MAX_CHANGED_PREDICTIONS = 0.01
-
-MemberSpecs = list[str] | dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -146,31 +134,29 @@ def make_request(
     # From here on a path of the command line is as one of the block: absolute, it starts at no folder.
     given |= {key: _from_here(value) for key, value in from_here.items() if key in PATH_KEYS}
     handler_path = _find_handler(name, handler, block.get("handler"), folder)
-    model_path, class_name = _model_file(name, given, folder)
+    asked = check_block(name, given | ({"version": version} if version else {}))
+    model_path, class_name = _model_file(asked, folder)
     if model_path is not None and (class_name or architecture is None):
         named = f"{model_path.name}:{class_name}" if class_name else model_path.name
         block = {**block, "architecture": named} if model_file else {"architecture": named, **block}
-    extra = given.get("extra_files", [])
-    if not isinstance(extra, list) or not all(isinstance(item, str) for item in extra):
-        raise ArchiveError(f"'{name}': extra_files: expected a list of paths, got {extra!r}")
     from_command_line = members is not None
     return ArchiveRequest(
         name=name,
         folder=Path.cwd() if from_command_line else folder,
         handler=handler_path,
-        members=members if members is not None else _check_members(name, given.get("members", [])),
+        members=members if members is not None else _list_members(asked),
         settings={**block, "name": name, "handler": handler_path.name},
-        labels=_path(name, given, "labels", folder),
-        model_config=_path(name, given, "model_config", folder),
+        labels=_absolute(asked.labels, folder),
+        model_config=_absolute(asked.model_config, folder),
         model_file=model_path,
-        extra_files=tuple(folder / item for item in extra),
-        version=_version(name, version or given.get("version", "1.0")),
-        allow_nan=allow_nan or _flag(name, "allow_nan", given.get("allow_nan", False)),
-        pretrained=_path(name, given, "pretrained", folder),
-        library_path=_path(name, given, "library_path", folder),
-        samples=_sample_paths(name, given.get("samples"), folder, samples),
-        max_changed_predictions=_share(name, given.get("max_changed_predictions", MAX_CHANGED_PREDICTIONS)),
-        checkpoint_weights=weights or _text(name, given, "checkpoint_weights"),
+        extra_files=tuple(folder / item for item in asked.extra_files),
+        version=str(asked.version),
+        allow_nan=allow_nan or asked.allow_nan,
+        pretrained=_absolute(asked.pretrained, folder),
+        library_path=_absolute(asked.library_path, folder),
+        samples=_sample_paths(asked, folder, samples),
+        max_changed_predictions=asked.max_changed_predictions,
+        checkpoint_weights=weights or asked.checkpoint_weights,
         compile=compile,
         onnx=onnx,
         check=not no_check,
@@ -207,9 +193,9 @@ def _from_here(value: Any) -> Any:
     return str(Path(value).absolute()) if isinstance(value, str) and value else value
 
 
-def _model_file(name: str, given: Mapping[str, Any], folder: Path) -> tuple[Path | None, str]:
+def _model_file(asked: Block, folder: Path) -> tuple[Path | None, str]:
     """The file, and the class in it that `model.py:Class` names."""
-    path = _path(name, given, "model_file", folder)
+    path = _absolute(asked.model_file, folder)
     if path is None:
         return None, ""
     file, colon, class_name = str(path).rpartition(".py:")
@@ -223,49 +209,15 @@ def _hint(name: str, blocks: Mapping[str, Any]) -> str:
     return f"; it holds {', '.join(blocks) or 'no archives'}. Otherwise give --handler and --members"
 
 
-def _check_members(name: str, members: Any) -> MemberSpecs:
-    if isinstance(members, str):
-        return [members]
-    items = members.values() if isinstance(members, dict) else members
-    if not isinstance(members, list | dict) or not all(isinstance(item, str) for item in items):
-        raise ArchiveError(f"'{name}': members: expected paths as a list or as {{name: path}}, got {members!r}")
-    return members
+def _list_members(asked: Block) -> MemberSpecs:
+    return [asked.members] if isinstance(asked.members, str) else asked.members
 
 
-def _sample_paths(name: str, in_block: Any, folder: Path, given: list[str] | None) -> tuple[Path, ...]:
+def _sample_paths(asked: Block, folder: Path, given: list[str] | None) -> tuple[Path, ...]:
     if given is not None:
         return tuple(Path(item).absolute() for item in given)
-    items = [in_block] if isinstance(in_block, str) else in_block or []
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ArchiveError(f"'{name}': samples: expected paths of files or folders, got {in_block!r}")
+    items = [asked.samples] if isinstance(asked.samples, str) else asked.samples or []
     return tuple((folder / item).absolute() for item in items)
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ArchiveError(f"'{name}': max_changed_predictions: expected a share from 0 to 1, got {value!r}")
-    return float(value)
-
-
-def _version(name: str, value: Any) -> str:
-    # TorchServe takes it as a part of an address: no lists, no objects, no slash.
-    text = "" if isinstance(value, bool) else str(value)
-    if not isinstance(value, str | int | float) or not VERSION.fullmatch(text):
-        raise ArchiveError(f"'{name}': version: expected digits, letters and dots such as \"1.0\", got {value!r}")
-    return text
-
-
-def _flag(name: str, key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ArchiveError(f"'{name}': {key}: expected true or false, got {value!r}")
-    return value
-
-
-def _text(name: str, given: Mapping[str, Any], key: str) -> str | None:
-    value = given.get(key)
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ArchiveError(f"'{name}': {key}: expected a name, got {value!r}")
-    return value
 
 
 def _find_handler(name: str, given: str | None, in_block: Any, folder: Path) -> Path:
@@ -283,10 +235,5 @@ def _find_handler(name: str, given: str | None, in_block: Any, folder: Path) -> 
     raise ArchiveError(f"'{name}': handler '{handler}': no such .py file; handlers/ holds {known or 'none'}")
 
 
-def _path(name: str, given: Mapping[str, Any], key: str, folder: Path) -> Path | None:
-    value = given.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ArchiveError(f"'{name}': {key}: expected a path, got {value!r}")
-    return (folder / value).absolute()
+def _absolute(path: str | None, folder: Path) -> Path | None:
+    return None if path is None else (folder / path).absolute()

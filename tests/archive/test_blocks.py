@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from archiver.blocks import make_request, read_blocks
 from archiver.resolve import LONGEST_NAME, resolve_members, unique_names
 from vmap_ensemble.errors import ArchiveError
 
+# What an editor checks a file by, made of the same model.
+EDITORS_SCHEMA = Draft202012Validator(
+    json.loads((Path(__file__).parents[2] / "docs" / "setup_config.schema.json").read_text(encoding="utf-8"))
+)
 BLOCK = {"handler": "mnist_handler.py", "members": ["a.pt"]}
 
 
@@ -29,17 +34,24 @@ BLOCK = {"handler": "mnist_handler.py", "members": ["a.pt"]}
         ({"members": [["a.pt"]]}, "members: expected paths"),
         ({"labels": ["cat"]}, "labels: expected a path"),
         ({"checkpoint_weights": 3}, "checkpoint_weights: expected a name, got 3"),
+        ({"labels": ""}, "labels: expected a path, got ''"),
+        ({"extra_files": "a.py"}, "extra_files: expected a list of paths, got 'a.py'"),
+        ({"samples": [3]}, r"samples: expected paths of files or folders, got \[3\]"),
+        ({"max_changed_predictions": 2}, "max_changed_predictions: expected a share from 0 to 1, got 2"),
+        ({"max_changed_predictions": True}, "max_changed_predictions: expected a share from 0 to 1, got True"),
         ({"checkpoint_weights": ""}, "checkpoint_weights: expected a name, got ''"),
     ],
 )
 def test_bad_values(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArchiveError, match=f"'ens': {message}"):
         make_request("ens", {"ens": {**BLOCK, **changes}}, tmp_path)
+    assert not EDITORS_SCHEMA.is_valid({"ens": {**BLOCK, **changes}})
 
 
 def test_versions_as_people_write_them(tmp_path: Path) -> None:
     for value, text in (("1.0", "1.0"), (2, "2"), (1.5, "1.5"), ("2.0.1-rc1", "2.0.1-rc1")):
         assert make_request("ens", {"ens": {**BLOCK, "version": value}}, tmp_path).version == text
+        assert EDITORS_SCHEMA.is_valid({"ens": {**BLOCK, "version": value}})
 
 
 def test_names_that_no_file_system_takes(tmp_path: Path) -> None:
