@@ -18,7 +18,7 @@ from archiver.command_line import overrides_of, parse_arguments
 from vmap_ensemble.errors import ArchiveError, EnsembleError, NetworkError
 
 if TYPE_CHECKING:
-    from archiver.blocks import ArchiveRequest
+    from archiver.blocks.request import ArchiveRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.check:
         return _check(options)
-    from archiver.blocks import check_files, make_request, read_blocks  # with pydantic; --help needs none
+    from archiver.blocks.request import check_files, make_request, read_blocks  # with pydantic; --help needs none
 
     # An archive can be made without any block, from the command line alone.
     only = options.name[0] if len(options.name) == 1 else None
@@ -84,7 +84,7 @@ def _check(options: argparse.Namespace) -> int:
             raise ArchiveError(f"{path}: no such file")
     from rich.console import Console
 
-    from archiver.check import check_archive  # here: it imports torch
+    from archiver.checking.check import check_archive  # here: it imports torch
 
     check_archive(mar, rest[0] if rest else None, Console(), options.debug)
     return 0

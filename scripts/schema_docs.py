@@ -42,7 +42,7 @@ STATUSES = {
 
 def setup_config_schema() -> dict[str, Any]:
     """The schema of setup_config.json: archive name -> block; which keys a block may have depends on its handler."""
-    from archiver.block import Block
+    from archiver.blocks.block import Block
     from scripts.settings_docs import DOCUMENTED
     from vmap_ensemble.archive.settings import WORKER_KEYS
 

@@ -15,12 +15,12 @@ import torch
 import yaml
 from torchvision.models import resnet18, squeezenet1_1
 
-from archiver import guess
 from archiver.__main__ import main
-from archiver.check import load_stage
+from archiver.blocks.worker_config import DEFAULT, describe_worker
+from archiver.checking.check import load_stage
 from archiver.command_line import parse_arguments
+from archiver.members import guess
 from archiver.source import Source
-from archiver.worker_config import DEFAULT, describe_worker
 from tests.archive.conftest import MODEL, Project
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ArchiveError

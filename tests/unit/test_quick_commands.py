@@ -25,7 +25,7 @@ from vmap_ensemble.process.device import DTYPES
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("archiver", "benchmarks", "fastertransformer", "optimise", "quality", "scripts", "training")
 # Started by another process, which tells them what to do in another way than by options.
-NO_COMMANDS = {"archiver.check_child", "benchmarks.serve.client"}
+NO_COMMANDS = {"archiver.checking.check_child", "benchmarks.serve.client"}
 
 ASK_EACH = """
 import io, json, runpy, sys

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from archiver.block import ARCHIVER_KEYS
+from archiver.blocks.block import ARCHIVER_KEYS
 from scripts import schema_docs, settings_docs
 from vmap_ensemble.serving.statuses import STATUSES
 

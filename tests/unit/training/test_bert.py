@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 import training.bert
-from archiver.resolve import resolve_members
+from archiver.members.resolve import resolve_members
 from training.options import TEXTS_FILE
 from training.runs import bert
 from training.runs.bert import DemoError, read_texts, tokenize, train_members

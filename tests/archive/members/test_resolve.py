@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-from archiver.resolve import NetworkError, resolve_members, unique_names
+from archiver.members.resolve import NetworkError, resolve_members, unique_names
 from vmap_ensemble.errors import ArchiveError
 
 

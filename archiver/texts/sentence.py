@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from archiver.tokenizers import read_json
+from archiver.texts.tokenizers import read_json
 from vmap_ensemble.errors import ArchiveError
 
 MODULES_FILE = "modules.json"

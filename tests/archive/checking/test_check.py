@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from archiver import check
 from archiver.__main__ import main
+from archiver.checking import check
 from tests.archive.conftest import Project
 
 PHASES = ("unpack", "import", "members", "settings", "build", "stack", "equivalence", "request")

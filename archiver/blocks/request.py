@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from archiver import HANDLERS
-from archiver.block import ARCHIVER_KEYS, MAX_CHANGED_PREDICTIONS, PATH_KEYS, Block, MemberSpecs, check_block
-from archiver.flat import DEFAULT_NAME, is_flat, read_flat
+from archiver.blocks.block import ARCHIVER_KEYS, MAX_CHANGED_PREDICTIONS, PATH_KEYS, Block, MemberSpecs, check_keys
+from archiver.blocks.flat import DEFAULT_NAME, is_flat, read_flat
 from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
@@ -134,7 +134,7 @@ def make_request(
     # From here on a path of the command line is as one of the block: absolute, it starts at no folder.
     given |= {key: _from_here(value) for key, value in from_here.items() if key in PATH_KEYS}
     handler_path = _find_handler(name, handler, block.get("handler"), folder)
-    asked = check_block(name, given | ({"version": version} if version else {}))
+    asked = check_keys(name, given | ({"version": version} if version else {}))
     model_path, class_name = _model_file(asked, folder)
     if model_path is not None and (class_name or architecture is None):
         named = f"{model_path.name}:{class_name}" if class_name else model_path.name

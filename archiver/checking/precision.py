@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archiver.blocks import ArchiveRequest
-from archiver.staged import open_task
+from archiver.blocks.request import ArchiveRequest
+from archiver.packing.staged import open_task
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import load_settings
 from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes

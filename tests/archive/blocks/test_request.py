@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from archiver.blocks import make_request, read_blocks
-from archiver.resolve import LONGEST_NAME, resolve_members, unique_names
+from archiver.blocks.request import make_request, read_blocks
+from archiver.members.resolve import LONGEST_NAME, resolve_members, unique_names
 from vmap_ensemble.errors import ArchiveError
 
 # What an editor checks a file by, made of the same model.
 EDITORS_SCHEMA = Draft202012Validator(
-    json.loads((Path(__file__).parents[2] / "docs" / "setup_config.schema.json").read_text(encoding="utf-8"))
+    json.loads((Path(__file__).parents[3] / "docs" / "setup_config.schema.json").read_text(encoding="utf-8"))
 )
 BLOCK = {"handler": "mnist_handler.py", "members": ["a.pt"]}
 

@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from archiver import traced
-from archiver.pretrained import adapt_state
-from archiver.resolve import resolve_members
+from archiver.members.resolve import resolve_members
+from archiver.texts import traced
+from archiver.texts.pretrained import adapt_state
 from tests.archive.conftest import Project
 from vmap_ensemble.archive.manifest import check_hashes, hash_file, load_members, read_manifest
 from vmap_ensemble.core.forward import EnsembleForward
@@ -375,7 +375,7 @@ def test_traced_members_take_no_samples(scripted: Project, capsys) -> None:
 def test_transformers_is_quiet_only_while_keys_are_tried() -> None:
     from transformers.utils import logging
 
-    from archiver.pretrained import _quiet_transformers
+    from archiver.texts.pretrained import _quiet_transformers
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with _quiet_transformers():

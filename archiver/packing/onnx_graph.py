@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from archiver.staged import open_task
+from archiver.packing.staged import open_task
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.errors import ArchiveError, LoadError
 from vmap_ensemble.execution.onnx.graph import export_members, reasons_against

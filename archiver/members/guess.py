@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from archiver.members.survey import fit_members
 from archiver.source import Source
-from archiver.survey import fit_members
 from vmap_ensemble.archive.checkpoints import read_checkpoint
 from vmap_ensemble.core.states import State
 from vmap_ensemble.errors import EnsembleError

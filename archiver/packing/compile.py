@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from archiver.blocks import ArchiveRequest
-from archiver.staged import open_task
+from archiver.blocks.request import ArchiveRequest
+from archiver.packing.staged import open_task
 from vmap_ensemble.core.forward import EnsembleForward, as_one_vmap
 from vmap_ensemble.errors import ArchiveError, LoadError
 from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code

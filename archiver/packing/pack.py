@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from archiver import HANDLERS
-from archiver.blocks import ArchiveRequest
-from archiver.survey import Survey
-from archiver.traced import TracedMembers, copy_traced
-from archiver.worker_config import CONFIG_FILE, DEFAULT, config_name
+from archiver.blocks.request import ArchiveRequest
+from archiver.blocks.worker_config import CONFIG_FILE, DEFAULT, config_name
+from archiver.members.survey import Survey
+from archiver.texts.traced import TracedMembers, copy_traced
 from vmap_ensemble.archive.identity import DESCRIPTION
 from vmap_ensemble.archive.labels import LABELS_FILE
 from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file, list_code

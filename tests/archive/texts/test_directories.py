@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 
-from archiver.adapters import merge_adapter
-from archiver.pretrained import find_directory, find_weights, is_lone_adapter
-from archiver.resolve import resolve_members
-from archiver.sentence import join_sentence_models, read_sentence_model
-from archiver.tokenizers import has_tokenizer
-from tests.archive.test_text_archives import save_tokenizer
+from archiver.members.resolve import resolve_members
+from archiver.texts.adapters import merge_adapter
+from archiver.texts.pretrained import find_directory, find_weights, is_lone_adapter
+from archiver.texts.sentence import join_sentence_models, read_sentence_model
+from archiver.texts.tokenizers import has_tokenizer
+from tests.archive.texts.test_text_archives import save_tokenizer
 from vmap_ensemble.errors import ArchiveError
 
 KIND = "sentence_transformers.models."

@@ -70,7 +70,7 @@ ARCHIVER_KEYS = tuple(field.name for field in dataclasses.fields(Block))
 PATH_KEYS = ("labels", "model_config", "extra_files", "model_file", "pretrained", "library_path", "samples")
 
 
-def check_block(name: str, given: Mapping[str, Any]) -> Block:
+def check_keys(name: str, given: Mapping[str, Any]) -> Block:
     """Check the archiver's keys of one block.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from archiver import onnx_graph
+from archiver.packing import onnx_graph
 from tests.archive.conftest import Project
 from vmap_ensemble import Ensemble
 

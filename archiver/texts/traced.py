@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from archiver import HANDLERS, HOME, ROOT
-from archiver.blocks import ArchiveRequest
+from archiver.blocks.request import ArchiveRequest
 from archiver.source import Source
 from vmap_ensemble.archive.manifest import MEMBERS_FOLDER, Manifest, hash_file
 from vmap_ensemble.core.members import Member

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from archiver.blocks import ArchiveRequest
+from archiver.blocks.request import ArchiveRequest
 from vmap_ensemble.errors import ArchiveError, first_line
 
 CONFIG_FILE = "model-config.yaml"

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from archiver.tokenizers import TOKENIZER_FILES, has_tokenizer
+from archiver.texts.tokenizers import TOKENIZER_FILES, has_tokenizer
 from vmap_ensemble.archive.checkpoints import read_state_dict
 from vmap_ensemble.errors import ArchiveError, first_line
 from vmap_ensemble.models.transformers import import_transformers

@@ -16,10 +16,10 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
-from archiver.adapters import merge_adapter
-from archiver.blocks import nothing_there
-from archiver.pretrained import find_directory, find_weights, is_lone_adapter
+from archiver.blocks.request import nothing_there
 from archiver.source import Source
+from archiver.texts.adapters import merge_adapter
+from archiver.texts.pretrained import find_directory, find_weights, is_lone_adapter
 from vmap_ensemble.archive.checkpoints import SUFFIXES, checkpoint_stem, looks_like_checkpoint
 from vmap_ensemble.errors import ArchiveError, NetworkError
 from vmap_ensemble.process.order import natural

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from archiver.worker_config import describe_worker, read_worker_config
+from archiver.blocks.worker_config import describe_worker, read_worker_config
 from vmap_ensemble.archive.identity import DESCRIPTION
 from vmap_ensemble.errors import ArchiveError
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER

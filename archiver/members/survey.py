@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archiver.pretrained import adapt_state
 from archiver.source import Source
+from archiver.texts.pretrained import adapt_state
 from vmap_ensemble.archive.checkpoints import Checkpoint, read_checkpoint
 from vmap_ensemble.archive.key_forms import fit_member
 from vmap_ensemble.archive.manifest import hash_file

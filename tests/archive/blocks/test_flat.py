@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from archiver.flat import read_flat
+from archiver.blocks.flat import read_flat
 from bert_handler import BertEnsembleHandler
 from tests.archive.conftest import Project
-from tests.archive.test_text_archives import Doubled, save_member
+from tests.archive.texts.test_text_archives import Doubled, save_member
 from vmap_ensemble.archive.manifest import read_manifest
 from vmap_ensemble.errors import ArchiveError
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from archiver.adapters import ADAPTER, ADAPTER_WEIGHTS, is_adapter
-from archiver.sentence import transformer_folder
-from archiver.tokenizers import (
+from archiver.texts.adapters import ADAPTER, ADAPTER_WEIGHTS, is_adapter
+from archiver.texts.sentence import transformer_folder
+from archiver.texts.tokenizers import (
     TOKENIZER_FILES,
     VOCABULARIES,
     check_code,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from archiver.claims import (
+from archiver.members.claims import (
     claimed_architecture,
     claimed_classes,
     claimed_transforms,

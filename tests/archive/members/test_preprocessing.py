@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import squeezenet1_1
 
-from archiver.preprocessing import read_form
+from archiver.members.preprocessing import read_form
 from tests.archive.conftest import Project
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ArchiveError

@@ -12,9 +12,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from archiver.pretrained import check_heads, choose_pretrained
 from archiver.source import Source
-from archiver.tokenizers import (
+from archiver.texts.pretrained import check_heads, choose_pretrained
+from archiver.texts.tokenizers import (
     compare_tokenizers,
     count_positions,
     fit_tokenizer,
