@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from archiver.blocks.read import read_blocks
 from archiver.command_line import overrides_of, parse_arguments
 from vmap_ensemble.errors import ArchiveError, EnsembleError, NetworkError
 
@@ -50,13 +51,13 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.check:
         return _check(options)
-    from archiver.blocks.request import check_files, make_request, read_blocks  # with pydantic; --help needs none
-
     # An archive can be made without any block, from the command line alone.
     only = options.name[0] if len(options.name) == 1 else None
     blocks = read_blocks(options.config, only) if options.config.is_file() or not options.members else {}
     if options.list:
         return _list(blocks, options.output)
+    from archiver.blocks.request import check_files, make_request  # with pydantic, which a list needs not
+
     names = list(blocks) if options.all else options.name
     if not names:
         raise ArchiveError(f"{options.config.name}: holds no blocks")

@@ -1,10 +1,9 @@
-"""Turns setup_config.json and the command line into one ArchiveRequest per archive, paths resolved."""
+"""Turns a block of setup_config.json and the command line into one ArchiveRequest per archive, paths resolved."""
 
 from __future__ import annotations
 
 import difflib
 import glob
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 from archiver import HANDLERS
 from archiver.blocks.block import ARCHIVER_KEYS, MAX_CHANGED_PREDICTIONS, PATH_KEYS, Block, MemberSpecs, check_keys
-from archiver.blocks.flat import DEFAULT_NAME, is_flat, read_flat
 from vmap_ensemble.errors import ArchiveError
 
 # torch-model-archiver's own rule (model_packaging_utils.py, check_model_name_regex_or_exit).
@@ -53,34 +51,6 @@ class ArchiveRequest:
     checkpoint_weights: str | None = None
     # Whether the archive is loaded once before it is done.
     check: bool = True
-
-
-def read_blocks(path: Path, name: str | None = None) -> dict[str, dict[str, Any]]:
-    """Read setup_config.json: archive name -> block.
-
-    Args:
-        path: The file; a flat one, as TorchServe's Hugging Face example has it, is a single block.
-        name: What the archive of a flat file is called; by default what the file says, or `ens`.
-
-    Raises:
-        ArchiveError: It is missing, not JSON, or neither an object of objects nor a flat block.
-    """
-    try:
-        blocks = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArchiveError(f"{path}: no such file; --config names another") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArchiveError(f"{path.name}: expected JSON ({error})") from None
-    if not isinstance(blocks, dict):
-        raise ArchiveError(f"{path.name}: expected an object, archive name -> block")
-    blocks.pop("$schema", None)  # for editors
-    if is_flat(blocks):
-        block = read_flat(blocks, path.absolute().parent, path.name)
-        return {name or str(blocks.get("name", DEFAULT_NAME)): block}
-    for name, block in blocks.items():
-        if not isinstance(block, dict):
-            raise ArchiveError(f"{path.name}: block '{name}': expected an object, got {type(block).__name__}")
-    return blocks
 
 
 def make_request(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from archiver.blocks.request import make_request, read_blocks
+from archiver.blocks.read import read_blocks
+from archiver.blocks.request import make_request
 from archiver.members.resolve import LONGEST_NAME, resolve_members, unique_names
 from vmap_ensemble.errors import ArchiveError
 

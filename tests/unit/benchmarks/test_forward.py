@@ -190,6 +190,7 @@ def test_half_precision_is_held_to_its_own_tolerance(tmp_path: Path, monkeypatch
     # Not MNIST: a CPU without instructions for bfloat16 takes minutes for its convolutions.
     tiny = networks.Network("tiny", lambda: nn.Linear(16, 4).eval(), lambda batch: (torch.randn(batch, 16),))
     monkeypatch.setitem(networks.NETWORKS, "tiny", tiny)
+    monkeypatch.setattr(benchmarks.forward, "NETWORKS", ["tiny"])
     file = tmp_path / "forward.json"
     only = ["--only", "stock_vmap", "ours_cudagraph"]
     options = ["--model", "tiny", "--members", "2", "--dtype", "bf16", *only, *QUICK, "--json", str(file)]
