@@ -20,9 +20,25 @@ from vmap_ensemble.core.members import Member
 from vmap_ensemble.core.states import find_ties
 from vmap_ensemble.models.mnist import MnistNet
 
+SERVERS = Path(__file__).resolve().parent / "server"
+
 
 def pytest_configure():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Say what `-n` may split: a file stays whole for its fixtures' sake, and servers are started by one process.
+
+    A server's ports are free when they are chosen and taken seconds later, so another process could take them; and a
+    server beside another has half a core. Theirs is the longest part, so it begins first.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            starts_servers = SERVERS in item.path.parents
+            item.add_marker(pytest.mark.xdist_group("servers" if starts_servers else str(item.path)))
+    items.sort(key=lambda item: SERVERS not in item.path.parents)
 
 
 def write_archive(folder, states, settings=None, shared=None):

@@ -102,7 +102,7 @@ def test_damaged_idx_is_refused(tmp_path: Path, raw: bytes, message: str) -> Non
         read_idx(tmp_path / "labels", ndim=1)
 
 
-@pytest.mark.parametrize("raw", [gzip.compress(HEADER + b"abc")[:-9], b"no gzip at all"])
+@pytest.mark.parametrize("raw", [gzip.compress(HEADER + b"abc")[:-9], b"no gzip at all"], ids=["cut", "none"])
 def test_damaged_gzip_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "labels.gz").write_bytes(raw)
     with pytest.raises(DataError, match="not a whole gzip file"):
