@@ -39,6 +39,8 @@ RIVALS = (
 # serve/archives.py and serve/rivals.py
 SERVED = ("mnist", "resnet18")
 SERVED_RIVALS = ("separate", "ours", "loop", "workflow", "ours_reference", "ours_two_workers")
+# Share of the separately registered models' closed-loop rate at which the open loop arrives, where none is given.
+OPEN_SHARE = 0.7
 # Lengths of the texts in each cell of ft_bert.
 FULL = 128  # the length that a server pads to when it doesn't look at the batch
 FT_CELLS: dict[str, list[int]] = {

@@ -198,7 +198,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code: 1 where the numbers differ, 2 for a wrong option."""
+    """Do what the options ask; returns the exit code: 1 where the numbers differ, 2 for a wrong option."""
     torch.set_num_threads(options.threads)
     machine = describe_machine(CPU)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))

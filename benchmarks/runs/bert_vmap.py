@@ -267,7 +267,7 @@ def run_ladder(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     transformers_logging.disable_progress_bar()
     options.threads = use_threads(options.threads)
     keep_freed_memory()  # as a worker does

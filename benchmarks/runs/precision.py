@@ -207,7 +207,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring.measure import describe_machine, describe_versions, write_json
+from benchmarks.options import OPEN_SHARE
 from benchmarks.serve.archives import SUBJECTS, loop_probabilities, write_members
 from benchmarks.serve.load import make_plan, measure_memory, run_client, summarise_rounds
 from benchmarks.serve.rivals import RIVALS, Rival, Setting
@@ -24,8 +25,6 @@ from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.process.threads import cores_at_hand
 
 TOLERANCE = 1e-4  # absolute, of a probability
-# Share of the separately registered models' closed-loop rate at which the open loop arrives, where none is given.
-OPEN_SHARE = 0.7
 
 
 def serve_once(rival: Rival, bodies: list[bytes], want: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.options import SERVED, SERVED_RIVALS
+from benchmarks.options import OPEN_SHARE, SERVED, SERVED_RIVALS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--clients", type=int, nargs="+", default=[8], help="clients of the closed loops; 0 for none")
     add("--rate", type=float, default=None, help="requests a second of the open loop; 0 for none; default: "
-        "0.7 of what `separate` reached in its first closed loop")  # fmt: skip
+        f"{OPEN_SHARE} of what `separate` reached in its first closed loop")  # fmt: skip
     add("--batch_size", type=int, default=8, help="TorchServe's batchSize, for every model")
     add("--delay_ms", type=int, default=5, help="TorchServe's maxBatchDelay, for every model")
     add("--seconds", type=float, default=5.0, help="length of a round")

@@ -267,7 +267,7 @@ def train_members(weights: Path, texts: Path, seeds: range, kind: str, output_di
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     start = time.perf_counter()

@@ -86,7 +86,7 @@ def print_table(scores: list[Score], found: Disagreement) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

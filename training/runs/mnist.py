@@ -140,7 +140,7 @@ def open_data(data_dir: Path | None, download: bool) -> tuple[Path, Digits, Digi
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

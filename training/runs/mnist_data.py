@@ -154,7 +154,7 @@ def make_sample(source: Path, target: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     source, target = options.make_sample
     try:
         make_sample(source, target)

@@ -201,7 +201,7 @@ def train_members(weights: Path, train: Path, held_out: Path, seeds: range, outp
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command line; returns the exit code."""
+    """Do what the options ask; returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     start = time.perf_counter()
