@@ -133,7 +133,7 @@ def load_library() -> ctypes.CDLL | None:
         packed = SOURCES / target.file
         return _open(packed if packed.exists() else build_library(target, CACHE))
     except (LoadError, OSError) as error:
-        logger.warning("convolutions and single rows run without kernels of our own: %s", first_line(error))
+        logger.warning("convolutions, single rows and encoders run without kernels of our own: %s", first_line(error))
         return None
 
 
@@ -145,8 +145,10 @@ def library_name() -> str | None:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     library.winograd_pack.argtypes = [number, pointer, pointer, size, size]
     library.winograd_convolve.argtypes = [number, *[pointer] * 6, number, number, number]
     library.single_row_multiply.argtypes = [number, *[pointer] * 5, number, number]
+    library.encoder_pack.argtypes = [pointer, pointer, size, size]
+    library.encoder_run.argtypes = [*[pointer] * 6, number, number, real, real, number, number]
     return library
