@@ -36,7 +36,7 @@ run_tests() {
     local cores
     cores=$(nproc)
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest \
-        --numprocesses $((cores < 4 ? cores : 4)) --dist loadgroup --no-loadscope-reorder
+        --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope --no-loadscope-reorder
 }
 
 case ${1:-} in -h | --help) usage && exit 0 ;; esac

@@ -20,25 +20,31 @@ from vmap_ensemble.core.members import Member
 from vmap_ensemble.core.states import find_ties
 from vmap_ensemble.models.mnist import MnistNet
 
-SERVERS = Path(__file__).resolve().parent / "server"
+SERVERS = "tests/server/"
 
 
 def pytest_configure():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Say what `-n` may split: a file stays whole for its fixtures' sake, and servers are started by one process.
+    items.sort(key=lambda item: not item.nodeid.startswith(SERVERS))  # the longest part of `-n` begins first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Say what `-n` may split: a file stays whole for its fixtures' sake, and one process starts all servers.
 
     A server's ports are free when they are chosen and taken seconds later, so another process could take them; and a
-    server beside another has half a core. Theirs is the longest part, so it begins first.
+    server beside another has half a core. Marks of groups won't do: pytest 9.2 reads no ids that xdist 3.8 writes.
     """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            starts_servers = SERVERS in item.path.parents
-            item.add_marker(pytest.mark.xdist_group("servers" if starts_servers else str(item.path)))
-    items.sort(key=lambda item: SERVERS not in item.path.parents)
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return SERVERS if nodeid.startswith(SERVERS) else nodeid.partition("::")[0]
+
+    return Scheduler(config, log)
 
 
 def write_archive(folder, states, settings=None, shared=None):
