@@ -6,9 +6,14 @@ import importlib
 import importlib.util
 import sys
 
+USAGE = "usage: python -m optimise TOOL [options], such as: python -m optimise distil --help"
+
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0)
     if not name.isidentifier() or importlib.util.find_spec(f"optimise.{name}") is None:
-        print("usage: python -m optimise TOOL [options], such as: python -m optimise distil --help", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         sys.exit(2)
     sys.exit(importlib.import_module(f"optimise.{name}").main(sys.argv[2:]))

@@ -68,7 +68,8 @@ def copy(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("copy") / "copy"
     copy.mkdir()
     for name in PARTS:
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "members")
+        trained = ["members"] if name == "training" else []
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", *trained)
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file():

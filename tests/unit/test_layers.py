@@ -40,6 +40,8 @@ ROOMS = (
     ),
     *("execution", "archive", "models", "core", "process", "errors", "version"),
 )
+# The same of the archiver's; what lies beside them orders the work and reports on it.
+ARCHIVER_ROOMS = ("checking", "packing", "members", "texts", "blocks")
 # Who alone may import what: prefix of the module -> libraries.
 ALONE = {
     "ts": ("vmap_ensemble.frontends.torchserve",),
@@ -100,6 +102,19 @@ def test_rooms_import_downward_alone():
     assert not wrong
 
 
+def test_rooms_of_the_archiver_import_downward_alone():
+    rooms = {name: room_of(name) for name in MODULES if name.startswith("archiver.") and name.count(".") > 1}
+    assert set(rooms.values()) == set(ARCHIVER_ROOMS)
+    order = (*ARCHIVER_ROOMS, "source")
+    wrong = [
+        f"{module} -> {target}"
+        for module, room in rooms.items()
+        for target in IMPORTS[module]
+        if target.startswith("archiver.") and room_of(target) not in order[order.index(room) :] and target in MODULES
+    ]
+    assert not wrong
+
+
 def test_every_room_has_its_place_in_the_order():
     assert {room_of(module) for module in MODULES if module.startswith("vmap_ensemble.")} <= set(ROOMS)
 
@@ -147,7 +162,9 @@ def test_no_folder_is_a_heap():
     for path in MODULES.values():
         counts[path.parent] += path.name != "__init__.py"
     assert {
-        str(folder): count for folder, count in counts.items() if "vmap_ensemble" in str(folder) and count > 16
+        str(folder): count
+        for folder, count in counts.items()
+        if ("vmap_ensemble" in str(folder) or "archiver" in str(folder)) and count > 16
     } == {}
 
 

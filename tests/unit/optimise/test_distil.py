@@ -20,7 +20,7 @@ from torch import nn
 
 from archiver.__main__ import main as archive_command
 from archiver.command import main as command
-from archiver.pack import RESERVED_NAMES
+from archiver.packing.pack import RESERVED_NAMES
 from optimise.distil import augment, judge, losses
 from optimise.distil.command import main
 from optimise.distil.errors import DistilError
