@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.archive.texts.test_text_archives import save_member
 
 from archiver import ROOT as REPOSITORY
 from bert_handler import BertEnsembleHandler
 from mnist_handler import MnistHandler
 from tests.archive.conftest import Project
+from tests.archive.texts.test_text_archives import save_member
 from vmap_ensemble.archive.precision import read_precision
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.cpu.kernel_library import load_library
