@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from optimise.distil.errors import DistilError
 from optimise.distil.students import HeadsStudent, OneStudent, Student, last_module
-from optimise.distil.teacher import Teacher
+from optimise.errors import OptimiseError
+from optimise.examples.teacher import Teacher
 from vmap_ensemble.models.architecture import build_plainly
 
 
@@ -28,31 +28,36 @@ def make_student(
         seed: Of weights that are drawn.
 
     Raises:
-        DistilError: It doesn't take the members' inputs or give their classes, or has no such heads.
+        OptimiseError: It doesn't take the members' inputs or give their classes, or has no such heads.
     """
     classes = teacher.settings.num_classes
     if architecture:
         torch.manual_seed(seed)
         model = build_plainly(architecture, classes or teacher.classes, folder)
     else:
-        model = teacher.task.build_model()
-        model.load_state_dict({key: tensor.cpu() for key, tensor in teacher.forward.member_state(0).items()})
+        model = teacher.build_member(0)
     model = model.float().eval()
     _check_output(architecture or teacher.task.architecture, model, teacher)
     if into == "one":
-        return OneStudent(model, "student", classes, learns_statistics=bool(architecture))
-    own = heads or [last_module(model, torch.zeros(2, *teacher.shape))]
-    return HeadsStudent(model, teacher.ensemble.names, own, classes)
+        return OneStudent(model, "student", classes, bool(architecture), teacher.call)
+    own = heads or [last_module(model, sample_of(teacher), teacher.call)]
+    return HeadsStudent(model, teacher.ensemble.names, own, classes, teacher.call)
+
+
+def sample_of(teacher: Teacher) -> Tensor:
+    """Two packed examples to try a network with."""
+    return teacher.inputs.pack(teacher.task.sample_examples(2))
 
 
 @torch.no_grad()
 def _check_output(name: str, model: nn.Module, teacher: Teacher) -> None:
     """One forward of the student, before anything is asked: another input shape or width is found here."""
     try:
-        outputs = OneStudent(model, "student", teacher.settings.num_classes)(torch.zeros(2, *teacher.shape))
+        student = OneStudent(model, "student", teacher.settings.num_classes, call=teacher.call)
+        outputs = student(sample_of(teacher))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise DistilError(f"architecture '{name}': can't take inputs of {list(teacher.shape)} ({reason})") from None
+        raise OptimiseError(f"architecture '{name}': can't take inputs of {list(teacher.shape)} ({reason})") from None
     width = max(2, outputs.shape[-1])
     if width != teacher.classes:
-        raise DistilError(f"architecture '{name}': gives {width} classes, the members have {teacher.classes}")
+        raise OptimiseError(f"architecture '{name}': gives {width} classes, the members have {teacher.classes}")

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from optimise.distil.augment import CHANGED, change, seek_disagreement
-from optimise.distil.losses import UNLABELLED, joint_loss, soft_target_loss
+from optimise.distil.losses import joint_loss, soft_target_loss
 from optimise.distil.students import Student, train_mode
-from optimise.distil.teacher import Teacher, Told
+from optimise.examples.change import CHANGED, seek_disagreement
+from optimise.examples.data import UNLABELLED
+from optimise.examples.teacher import Teacher, Told
 from vmap_ensemble.core.aggregate import OutputKind, log_probabilities
 from vmap_ensemble.process.files import written_whole
 from vmap_ensemble.tasks.classification import kind_for
@@ -169,7 +170,7 @@ class Training:
         count = int(len(batch) * CHANGED)
         if self.recipe.augment == "none" or not count:
             return batch, targets, labels
-        changed = change(batch)[:count]  # all of them: examples are mixed with one another
+        changed = self.teacher.inputs.change(batch)[:count]  # all of them: examples are mixed with one another
         if self.recipe.augment == "diverse":
             index = int(torch.randint(len(self.teacher.ensemble.names), ()))
             half = count // 2
@@ -182,6 +183,10 @@ class Training:
             torch.cat((asked, targets[:, count:]), 1),
             torch.cat((unlabelled, labels[count:])),
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"recipe": vars(self.recipe), "epochs": self.epoch, "held_out_loss": self.best}
 
     def say(self, batch: Tensor) -> Tensor:
         """(H, B, C) log-probabilities of the student."""
@@ -203,6 +208,8 @@ class Training:
 
     @torch.no_grad()
     def _find_kind(self) -> OutputKind:
+        if self.teacher.reads_texts:
+            return self.teacher.kind
         self.student.eval()
         return kind_for(
             self.teacher.settings, self.student(self.learn.batch(torch.arange(2)).to(self.teacher.device))
