@@ -110,8 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of everything")
-    parser.add_argument("--members", type=int, default=3, metavar="N", help="members")
-    parser.add_argument("--epochs", type=int, default=6, metavar="N", help="of a member, and of fine-tuning")
+    parser.add_argument("--members", type=int, default=2, metavar="N", help="members")
+    parser.add_argument("--epochs", type=int, default=4, metavar="N", help="of a member, and of fine-tuning")
     parser.add_argument("--keep", type=float, default=0.5, metavar="S", help="share of the channels that stays")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
     options = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from optimise import options as options_of
 
@@ -27,7 +28,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     options_of.add_data(parser, "student")
     add = parser.add_argument
-    add("--to", choices=("one", "heads"), default="one", help="one network, or a head per member on one trunk")
+    add(
+        "--to",
+        default="one",
+        metavar="one|heads|DIR",
+        help="one network (the default), a head per member on one trunk, or the encoder of a directory",
+    )
+    add("--layers", type=int, metavar="N", help="of one student of texts: the members' encoder with fewer layers")
     add("--architecture", metavar="A", help="of one student, such as torchvision:resnet18; the members' by default")
     add("--head", nargs="+", metavar="MODULE", help="modules that each member keeps; the last layer by default")
     add("--augment", choices=("none", "plain", "diverse"), help="plain for one student, diverse for heads by default")
@@ -36,6 +43,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options_of.add_machine(parser)
     options = parser.parse_args(arguments)
     options_of.check(parser, options)
+    options.directory = None if options.to in ("one", "heads") else Path(options.to)
+    if options.directory is not None:
+        options.to = "one"
+    if options.layers is not None and (options.to == "heads" or options.directory is not None):
+        parser.error("--layers: goes with --to one")
+    if options.directory is not None and options.architecture:
+        parser.error("--architecture: goes with --to one; the directory says the architecture")
     if options.to == "heads" and options.architecture:
         parser.error("--architecture: goes with --to one; heads keep the members' architecture")
     if options.to == "one" and options.head:

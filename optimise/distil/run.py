@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
-from optimise.distil.start import make_student
+from optimise.distil.start import Wanted, make_student
 from optimise.distil.train import Recipe, Training
 from optimise.errors import OptimiseError
 from optimise.examples.sources import ask_all, facts_of, open_sources
@@ -26,19 +28,24 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         EnsembleError: One line that says what is refused.
     """
-    with unpacked(options.archive) as folder:
+    with unpacked(options.archive) as folder, tempfile.TemporaryDirectory(prefix="distil-") as scratch:
         given = {"device": options.device, "execution": options.execution, "threads": options.threads}
         teacher = Teacher(Ensemble.load(folder, batch_sizes=(1, 8, options.batch_size), **given))
         if options.to == "heads" and len(teacher.ensemble.names) < 2:
             raise OptimiseError(f"{options.archive.name}: has one member; heads need at least two")
         sources = open_sources(options, teacher)
         recipe = recipe_of(options, teacher)
-        student = make_student(teacher, folder, options.to, options.architecture, options.head, options.seed)
+        wanted = Wanted(
+            options.to, options.architecture, options.head, options.layers, options.directory, options.seed
+        )
+        student, new = make_student(teacher, folder, wanted, Path(scratch) / "new")
         made_with = {
             "tool": TOOL,
             "to": options.to,
             "architecture": options.architecture,
             "head": options.head,
+            "layers": options.layers,
+            "directory": str(options.directory.absolute()) if options.directory else None,
             **facts_of(options, teacher, sources),
             "recipe": vars(recipe),
         }
@@ -52,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             train(TOOL, training, progress)
         states = student.states()
         settings = settings_of(read_block(folder), teacher, options.architecture, len(states))
-        made = Made("student", student.model, states, settings, folder)
+        made = Made("student", student.model, states, settings, new)
         name, told = f"{teacher.settings.name}_{options.to}", {"to": options.to, **training.facts()}
         return finish(options, teacher, folder, made, parts, name, told, training.history)
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from optimise.errors import OptimiseError
 from optimise.examples.data import UNLABELLED, Data
 from optimise.examples.inputs import inputs_of
-from vmap_ensemble.core.aggregate import OutputKind, log_probabilities
+from vmap_ensemble.core.aggregate import OutputKind, combine_classes, log_probabilities
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ItemError
@@ -109,6 +109,11 @@ class Teacher:
         """Whether examples are texts."""
         return isinstance(self.task, TextTask)
 
+    @property
+    def text_task(self) -> TextTask:
+        """The task, where examples are texts."""
+        return cast(TextTask, self.task)
+
     def build_model(self) -> nn.Module:
         """The members' architecture once more, in eval mode; its weights don't matter."""
         task = self.task
@@ -155,8 +160,10 @@ class Teacher:
 
     def both(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Of each member, (M, B, C), and of all together, (B, C): log-probabilities."""
-        outputs = self.outputs(batch)
-        together = self.task.probabilities(outputs, self.ensemble.member_weights)
+        outputs, settings = self.outputs(batch), self.settings
+        weights = self.ensemble.member_weights.expand(-1, outputs.shape[1])
+        combined = combine_classes(outputs, weights, settings.aggregation, settings.temperature, self.kind)
+        together = combined.probabilities
         return self.log_probabilities(outputs), together.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def member(self, index: int, batch: Tensor) -> Tensor:

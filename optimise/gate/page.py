@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optimise.gate.report import BATCHES, Column, rows_of
+from optimise.output.write import write_json
 from vmap_ensemble.offline.page import bars, lines, page, table
 from vmap_ensemble.process.files import written_whole
 
@@ -37,11 +38,17 @@ def write_page(
         trained, held_out = zip(*history, strict=True)
         parts.append(lines("Loss by epoch", {"trained on": trained, "held out": held_out}))
     parts.append(table([[key.replace("_", " "), _shown(value)] for key, value in facts.items()]))
-    write_parts(path, title, *parts)
+    _write(path, title, *parts)
 
 
-def write_parts(path: Path, title: str, *parts: str) -> None:
-    """A page of parts that are HTML, whole or not there."""
+def write_facts(path: Path, title: str, facts: Mapping[str, Any], *plots: str) -> None:
+    """What a tool without a gate tells: JSON in `path`, and the same with plots as a page beside it."""
+    write_json(path, facts)
+    rows = [[key.replace("_", " "), _shown(value)] for key, value in facts.items()]
+    _write(path.with_suffix(".html"), title, table(rows), *plots)
+
+
+def _write(path: Path, title: str, *parts: str) -> None:
     with written_whole(path) as scratch:
         scratch.write_text(page(title, *parts), encoding="utf-8")
 

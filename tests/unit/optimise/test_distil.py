@@ -502,7 +502,7 @@ def test_the_commands_of_the_page_run_as_written(
 ) -> None:
     """On the tiny archive, under the names that the page has, and with no more than one epoch."""
     page = (ROOT / "docs" / "distil.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^ {4}(vmap-ensemble distil .*|\./archive\.sh .*)$", page, re.M)
+    lines = re.findall(r"^ {4}(vmap-ensemble distil model_store/mnist.*|\./archive\.sh .*)$", page, re.M)
     assert len([line for line in lines if line.startswith("vmap")]) >= 2
     monkeypatch.chdir(tmp_path)
     shutil.copytree(archive, tmp_path / "model_store" / "mnist_ens.mar")

@@ -265,3 +265,27 @@ def test_bad_data_is_one_line_and_nothing_is_written(archive: Path, photos: Path
         with pytest.raises(SystemExit, match="2"):
             command(["prune", "ens.mar", "--data", "d", "--output", "o", *more])
         assert message in capsys.readouterr().err
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_run_as_written(
+    archive: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the tiny archive, under the names that the page has, and with no more than one epoch."""
+    page = (ROOT / "docs" / "prune.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^ {4}(vmap-ensemble prune .*|\./archive\.sh .*)$", page, re.M)
+    assert len(lines) == 3
+    monkeypatch.chdir(tmp_path)
+    block = json.loads((archive / "setup_config.json").read_text())
+    folder = shutil.copytree(archive, tmp_path / "model_store" / "photos_ens.mar")
+    (folder / "setup_config.json").write_text(json.dumps({**block, "name": "photos_ens"}))
+    shutil.copytree(photos, tmp_path / "photos")
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        if name == "vmap-ensemble":
+            assert command([*arguments, "--epochs", "1", "--max-accuracy-loss", "1", "--max-nll-loss", "9"]) == 0
+        else:
+            assert archive_command([*arguments, "--no-check", "--output", "model_store"]) == 0
+    assert (tmp_path / "model_store" / "photos_ens_pruned.mar").is_file()
