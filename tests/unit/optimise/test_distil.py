@@ -178,6 +178,10 @@ def test_one_student_reaches_its_teacher(archive: Path, photos: Path, tmp_path: 
     table = as_markdown(json.loads((output / "report.json").read_text())).splitlines()
     assert table[0] == "|  | mean member | ensemble | student |"
     assert {row.split("|")[1].strip() for row in table[2:]} <= set(ROWS)
+    page = (output / "report.html").read_text()
+    assert all(figure in page for figure in ("agreement with the ensemble", "Loss by epoch", "accepted"))
+    assert "script" not in page
+    assert len(page) < 50_000
     assert f"pack it: ./archive.sh ens_one --config {output / 'setup_config.json'}" in shown
     report = json.loads((output / "report.json").read_text())
     assert report["student"]["accuracy"] >= report["ensemble"]["accuracy"] - 0.05
