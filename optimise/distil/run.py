@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from optimise.distil.start import Wanted, make_student
 from optimise.distil.train import Recipe, Training
 from optimise.errors import OptimiseError
-from optimise.examples.sources import ask_all, facts_of, open_sources
+from optimise.examples.sources import Sources, ask_all, facts_of, open_sources
 from optimise.examples.teacher import Teacher
 from optimise.gate.judge import Made, settings_of
 from optimise.gate.verdict import finish, forget_verdict
@@ -39,17 +40,10 @@ def run(options: argparse.Namespace) -> int:
             options.to, options.architecture, options.head, options.layers, options.directory, options.seed
         )
         student, new = make_student(teacher, folder, wanted, Path(scratch) / "new")
-        made_with = {
-            "tool": TOOL,
-            "to": options.to,
-            "architecture": options.architecture,
-            "head": options.head,
-            "layers": options.layers,
-            "directory": str(options.directory.absolute()) if options.directory else None,
-            **facts_of(options, teacher, sources),
-            "recipe": vars(recipe),
-        }
-        with progress_bar() as progress, opened(options.output, made_with, options.anew) as work:
+        with (
+            progress_bar() as progress,
+            opened(options.output, _made_with(options, teacher, sources, recipe), options.anew) as work,
+        ):
             parts = ask_all(TOOL, options, teacher, sources, work, progress)
         forget_verdict(options.output)
         with progress_bar() as progress:
@@ -69,14 +63,20 @@ def recipe_of(options: argparse.Namespace, teacher: Teacher) -> Recipe:
     is_heads = options.to == "heads"
     if options.augment == "diverse" and not teacher.inputs.is_smooth:
         raise OptimiseError("--augment diverse: follows a gradient, which texts have none; expected plain or none")
-    return Recipe(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.lr or (1e-4 if teacher.reads_texts else 1e-3),
-        weight_decay=options.weight_decay,
-        temperature=options.temperature,
-        label_weight=options.label_weight if options.label_weight is not None else 0.0 if is_heads else 0.1,
-        augment=options.augment or ("diverse" if is_heads and teacher.inputs.is_smooth else "plain"),
-        patience=options.patience,
-        seed=options.seed,
-    )
+    label_weight = 0.0 if is_heads else 0.1
+    augment = "diverse" if is_heads and teacher.inputs.is_smooth else "plain"
+    return Recipe.of(options, teacher, label_weight, augment)
+
+
+def _made_with(options: argparse.Namespace, teacher: Teacher, sources: Sources, recipe: Recipe) -> dict[str, Any]:
+    """What decides on the student."""
+    return {
+        "tool": TOOL,
+        "to": options.to,
+        "architecture": options.architecture,
+        "head": options.head,
+        "layers": options.layers,
+        "directory": str(options.directory.absolute()) if options.directory else None,
+        **facts_of(options, teacher, sources),
+        "recipe": vars(recipe),
+    }

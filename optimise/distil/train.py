@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from collections.abc import Callable
@@ -52,6 +53,28 @@ class Recipe:
     augment: str = "diverse"
     patience: int = 5
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, teacher: Teacher, label_weight: float, augment: str) -> Recipe:
+        """What a command line says.
+
+        Args:
+            options: Of a command that trains.
+            teacher: Encoders of texts learn at a tenth of the rate where none is given.
+            label_weight: Where none is given.
+            augment: Where none is given.
+        """
+        return cls(
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.lr or (1e-4 if teacher.reads_texts else 1e-3),
+            weight_decay=options.weight_decay,
+            temperature=options.temperature,
+            label_weight=label_weight if options.label_weight is None else options.label_weight,
+            augment=options.augment or augment,
+            patience=options.patience,
+            seed=options.seed,
+        )
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step: a line up, then a cosine."""

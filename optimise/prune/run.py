@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         given = {"device": options.device, "execution": options.execution, "threads": options.threads}
         teacher = Teacher(Ensemble.load(folder, batch_sizes=(1, 8, options.batch_size), **given))
         _check(teacher)
-        sources, recipe = open_sources(options, teacher), _recipe(options, teacher)
+        sources, recipe = open_sources(options, teacher), Recipe.of(options, teacher, 0.1, "plain")
         members = _mask(teacher, options.keep) if options.unstructured else cut_members(teacher, options.keep)
         made_with = {
             "tool": TOOL,
@@ -80,20 +80,6 @@ def _check(teacher: Teacher) -> None:
         raise OptimiseError(
             f"'{teacher.settings.name}': its handler builds the model; expected the setting 'architecture'"
         )
-
-
-def _recipe(options: argparse.Namespace, teacher: Teacher) -> Recipe:
-    return Recipe(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.lr or (1e-4 if teacher.reads_texts else 1e-3),
-        weight_decay=options.weight_decay,
-        temperature=options.temperature,
-        label_weight=0.1 if options.label_weight is None else options.label_weight,
-        augment=options.augment,
-        patience=options.patience,
-        seed=options.seed,
-    )
 
 
 def _mask(teacher: Teacher, keep: float) -> list[nn.Module]:
