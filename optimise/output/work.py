@@ -18,6 +18,7 @@ from typing import Any
 from optimise.errors import OptimiseError
 from optimise.output.write import write_json
 from vmap_ensemble.archive.settings import SETTINGS_FILE
+from vmap_ensemble.errors import EnsembleError
 
 WORK, REPORT, PAGE = ".work", "report.json", "report.html"
 
@@ -66,7 +67,7 @@ def opened(output: Path, made_with: Mapping[str, Any], anew: bool) -> Iterator[P
         raise OptimiseError(f"{output}: not writable")
     try:
         yield work
-    except OptimiseError:
+    except EnsembleError:
         if not known:
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):  # it holds files of the user's
