@@ -16,6 +16,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "predict": ("vmap_ensemble.offline.command", (), "answer a folder or a table: predict MAR INPUT --output FILE"),
     "export": ("optimise.export", (), "write all members as one file: export MAR --to onnx --output FILE"),
     "distil": ("optimise.distil.command", (), "N members into one network, or heads: distil MAR --data DIR"),
+    "prune": (
+        "optimise.prune.command",
+        (),
+        "cut the same channels from all members: prune MAR --data DIR",
+    ),
     "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 

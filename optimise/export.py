@@ -9,6 +9,7 @@ The file is read again and compared with the ensemble before it is there.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -76,7 +77,9 @@ def _run(options: argparse.Namespace) -> int:
     from vmap_ensemble.ensemble import Ensemble  # what follows imports torch
 
     ensemble = Ensemble.load(options.archive, execution="eager", device="cpu", dtype="fp32")
-    _show(options.output, ensemble, export(ensemble, options.to, options.output))
+    exported = export(ensemble, options.to, options.output)
+    _report(options.output, ensemble, exported)
+    _show(options.output, ensemble, exported)
     return 0
 
 
@@ -241,6 +244,17 @@ def _compare(ensemble: Ensemble, combined: Combined | None, names: Sequence[str]
     if not largest <= TOLERANCE:
         raise LoadError(f"the file's outputs differ from the ensemble's by {largest:.1e}, {TOLERANCE:.0e} is allowed")
     return largest
+
+
+def _report(path: Path, ensemble: Ensemble, exported: Exported) -> None:
+    """ens.report.json and ens.report.html beside ens.onnx."""
+    from optimise.gate.page import write_facts
+    from vmap_ensemble.offline.page import bars
+
+    members = ensemble.forward.members.size_bytes()
+    sizes = bars("Size, in MiB", [("members", members / 2**20), (path.name, exported.size_bytes / 2**20)], ".1f")
+    facts = {"file": path.name, "members": list(ensemble.names), **dataclasses.asdict(exported)}
+    write_facts(path.with_suffix(".report.json"), f"{path.name}: {len(ensemble.names)} members", facts, sizes)
 
 
 def _show(path: Path, ensemble: Ensemble, exported: Exported) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEMBERS = REPOSITORY / "training" / "members"
 TEXTS_FILE = REPOSITORY / "training" / "data" / "intents.tsv"
+# Of a text set: what learns, and what judges.
+SPLITS = ("train", "held_out")
 QUESTIONS_FILE = REPOSITORY / "training" / "data" / "questions.json"
 HELD_OUT_FILE = REPOSITORY / "training" / "data" / "questions_held_out.json"
 

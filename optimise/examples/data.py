@@ -1,26 +1,27 @@
 """Turns a folder, a table or MNIST's files into rows that a task reads, and the class of each where it is known.
 
-folder/label/*.png        the folder's name is the label         folder/*.png         no labels
-.csv .tsv .jsonl .parquet columns of paths and labels            MNIST's idx files    as training/mnist_data.py
+folder/label/*.png, .txt  the folder's name is the label         folder/*.png, .txt   no labels
+.csv .tsv .jsonl .parquet columns of paths or texts, and labels  MNIST's idx files    as training/mnist_data.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from optimise.distil.errors import DistilError
-from optimise.distil.idx import TRAIN, holds_idx, read_part
-from optimise.distil.losses import UNLABELLED
+from optimise.errors import OptimiseError
+from optimise.examples.idx import TRAIN, holds_idx, read_part
 from vmap_ensemble.errors import ItemError
 from vmap_ensemble.many import Row
 from vmap_ensemble.offline.inputs import COLUMNS, InputError, Rows, open_rows
 
 LABEL_COLUMN = "label"
+# The class of a row that has none.
+UNLABELLED = -1
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHOWN_LABELS = 8
 
@@ -59,7 +60,7 @@ class Classes:
         """The number of a label: by its name, or its number where no class has that name.
 
         Raises:
-            DistilError: No member knows it.
+            OptimiseError: No member knows it.
         """
         for number, name in self.names.items():
             if name == label:
@@ -68,41 +69,52 @@ class Classes:
             return int(label)
         known = [self.names.get(number, str(number)) for number in range(min(self.count, SHOWN_LABELS))]
         more = f", ... ({self.count})" if self.count > SHOWN_LABELS else ""
-        raise DistilError(f"{where}: label '{label[:80]}': no member knows it; they know {', '.join(known)}{more}")
+        raise OptimiseError(f"{where}: label '{label[:80]}': no member knows it; they know {', '.join(known)}{more}")
 
 
-def open_data(
-    path: Path,
-    classes: Classes,
-    column: str | None = None,
-    label_column: str | None = None,
-    labelled: bool = True,
-    part: str = TRAIN,
-) -> Data:
+@dataclass(frozen=True)
+class Columns:
+    """What of a table is read.
+
+    Attributes:
+        item: The column of paths or texts; None: by its name, see `open_rows`.
+        label: The column of labels; None: `label`, where there is one.
+        is_labelled: Whether labels are looked for, in folders' names too.
+        reads_texts: Whether items are texts.
+        keys: Names of the parts of an item that has several.
+    """
+
+    item: str | None = None
+    label: str | None = None
+    is_labelled: bool = True
+    reads_texts: bool = False
+    keys: Sequence[str] = ()
+
+
+def open_data(path: Path, classes: Classes, columns: Columns, part: str = TRAIN) -> Data:
     """The rows of a folder or table, and their labels.
 
     Args:
         path: Where they are.
         classes: What labels may be.
-        column: The column of a table that holds paths of images; see `open_rows`.
-        label_column: The column that holds labels; by default `label`, where there is one.
-        labelled: Whether labels are looked for.
+        columns: What is read of a table.
         part: Which of MNIST's files: TRAIN or TEST.
 
     Raises:
-        DistilError: A label is unknown to the members, or an idx file is damaged.
+        OptimiseError: A label is unknown to the members, or an idx file is damaged.
         InputError: There is no such file, no row, or no such column.
     """
-    if holds_idx(path, part):
-        return _open_idx(path, part, classes if labelled else None)
-    if column is None and path.suffix == ".jsonl":
-        column = _first_key(path)
-    rows = open_rows(path, False, (), column)
-    if not labelled:
+    if not columns.reads_texts and holds_idx(path, part):
+        return _open_idx(path, part, classes if columns.is_labelled else None)
+    item = columns.item
+    if item is None and path.suffix == ".jsonl":
+        item = _first_key(path, columns.reads_texts)
+    rows = open_rows(path, columns.reads_texts, columns.keys, item)
+    if not columns.is_labelled:
         return Data(rows, None)
     if path.is_dir():
         return Data(rows, _labels_of_folders(path, rows, classes))
-    return Data(rows, _labels_of_table(path, label_column, classes) if path.suffix in TABLES else None)
+    return Data(rows, _labels_of_table(path, columns.label, classes) if path.suffix in TABLES else None)
 
 
 def _open_idx(folder: Path, part: str, classes: Classes | None) -> Data:
@@ -135,7 +147,7 @@ def _labels_of_table(path: Path, column: str | None, classes: Classes) -> list[i
         raise
     if all(isinstance(value, ItemError) for value in values):
         if column is not None:
-            raise DistilError(f"{path.name}: no row has a label in '{column}'")
+            raise OptimiseError(f"{path.name}: no row has a label in '{column}'")
         return None
     numbers: dict[str, int] = {}
     found = []
@@ -154,8 +166,8 @@ def _first_item(path: Path) -> Any:
     return next(iter(open_rows(path, False))).item
 
 
-def _first_key(path: Path) -> str | None:
-    """The key of a .jsonl's first object that holds its image; None where rows are items as they are."""
+def _first_key(path: Path, reads_texts: bool) -> str | None:
+    """The key of a .jsonl's first object that holds its image or text; None where rows are items as they are."""
     first = _first_item(path)
     keys = first if isinstance(first, dict) else {}
-    return next((key for key in COLUMNS[False] if key in keys and len(keys) > 1), None)
+    return next((key for key in COLUMNS[reads_texts] if key in keys and len(keys) > 1), None)

@@ -1,28 +1,29 @@
 """Turns an ensemble and rows into examples and soft targets on the disk, asked once however often training resumes.
 
-test.bin            the examples as the model takes them, float32, one behind another
+test.bin            the examples as `inputs.py` packs them, one behind another
 test.safetensors    members (M, N, C) log-probabilities, ensemble (N, C) probabilities, labels (N,)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from optimise.distil.data import Data
-from optimise.distil.errors import DistilError
-from optimise.distil.losses import UNLABELLED
-from optimise.distil.students import with_axis
-from vmap_ensemble.core.aggregate import log_probabilities
+from optimise.errors import OptimiseError
+from optimise.examples.data import UNLABELLED, Data
+from optimise.examples.inputs import inputs_of
+from vmap_ensemble.core.aggregate import OutputKind, combine_classes, log_probabilities
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ItemError
@@ -30,6 +31,7 @@ from vmap_ensemble.many import Windows, load_windows
 from vmap_ensemble.process.files import written_whole
 from vmap_ensemble.tasks.classification import pick_outputs
 from vmap_ensemble.tasks.task import Task
+from vmap_ensemble.tasks.text.task import TextTask
 
 Step = Callable[[int], None]
 # Rows that are named when they are skipped; the others are counted.
@@ -41,7 +43,7 @@ class Told:
     """What an ensemble says of N examples.
 
     Attributes:
-        examples: (K, ...) float32 of all rows, mapped from the disk.
+        examples: (K, ...) of all rows, mapped from the disk.
         index: (N,) int64, which of them these are.
         members: (M, N, C) log-probabilities of each member, at the archive's temperature.
         ensemble: (N, C) log-probabilities of all together, by the archive's aggregation and weights.
@@ -74,49 +76,83 @@ class Told:
 
 
 class Teacher:
-    """An ensemble of classifiers of tensors.
+    """An ensemble of classifiers of images, tensors or texts.
 
     Args:
         ensemble: What is asked.
 
     Raises:
-        DistilError: It is no such ensemble, or it is quantised.
+        OptimiseError: It is no such ensemble, or it is quantised.
+
+    Attributes:
+        inputs: How examples lie on the disk, and become arguments.
+        shape: Of one of them there.
+        classes: How many there are.
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
         self.ensemble, self.task, self.settings = ensemble, ensemble.task, ensemble.settings
-        forward = ensemble.forward.one_vmap
-        if type(self.task).answers is not Task.answers or forward is None:
-            raise DistilError(
-                f"'{self.settings.name}': expected classifiers of images or tensors; "
-                f"{type(self.task).__name__} can't be distilled yet"
-            )
+        forward = ensemble.forward
+        if not self.task.combines_classes or not isinstance(forward, EnsembleForward):
+            told = f"'{self.settings.name}': expected classifiers of images, tensors or texts"
+            raise OptimiseError(f"{told}; what {type(self.task).__name__} answers can't be learnt yet")
         if getattr(self.settings, "quantization", None):
-            raise DistilError(f"'{self.settings.name}': is quantised; distil the archive without 'quantization'")
+            raise OptimiseError(f"'{self.settings.name}': is quantised; take the archive without 'quantization'")
         self.forward: EnsembleForward = forward
         self.device, self.dtype = self.task.place.device, self.task.place.dtype
-        sample = self.collate(self.task.sample_examples(2))
-        self.shape, self.classes = tuple(sample.shape[1:]), self.members(sample).shape[-1]
+        self.inputs = inputs_of(self.task)
+        self.shape = self.inputs.shape
+        self.classes = self.members(self.inputs.pack(self.task.sample_examples(2))).shape[-1]
 
-    def collate(self, examples: list[Any]) -> Tensor:
-        """Parsed examples as the model's one argument, (B, ...) float32.
+    @property
+    def reads_texts(self) -> bool:
+        """Whether examples are texts."""
+        return isinstance(self.task, TextTask)
 
-        Raises:
-            DistilError: The model takes several arguments.
-        """
-        args = self.task.collate(examples)
-        if len(args) != 1 or not isinstance(args[0], Tensor) or len(args[0]) != len(examples):
-            raise DistilError(f"'{self.settings.name}': the model takes {len(args)} arguments; expected one tensor")
-        return args[0].float()
+    @property
+    def text_task(self) -> TextTask:
+        """The task, where examples are texts."""
+        return cast(TextTask, self.task)
+
+    def build_model(self) -> nn.Module:
+        """The members' architecture once more, in eval mode; its weights don't matter."""
+        task = self.task
+        # A task on texts keeps the one that it has, and its forward changes that one's attention.
+        return Task.build_model(task) if self.reads_texts else task.build_model()
+
+    def build_member(self, index: int) -> nn.Module:
+        """One member alone, in float32 on the host."""
+        model = self.build_model()
+        model.load_state_dict({key: tensor.cpu() for key, tensor in self.forward.member_state(index).items()})
+        return model.float().eval()
+
+    def arguments(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Packed examples as the members' arguments, on their device and in their dtype."""
+        args = self.inputs.arguments(batch.to(self.device))
+        return tuple(arg.to(self.dtype) if arg.is_floating_point() else arg for arg in args)
+
+    def call(self, model: Callable[..., Any], batch: Tensor) -> Any:
+        """What a model of its own gives for packed examples that are where the model is."""
+        args, keywords = self.forward.bind(*self.inputs.arguments(batch))
+        return model(*args, **keywords)
 
     def outputs(self, batch: Tensor) -> Tensor:
         """(M, B, C) of all members, without a gradient."""
         with torch.no_grad():
-            return pick_outputs(self.ensemble.outputs(batch.to(self.device, self.dtype)), self.settings.num_classes)
+            return pick_outputs(self.ensemble.outputs(*self.arguments(batch)), self.settings.num_classes)
+
+    def run(self, batch: Tensor) -> Any:
+        """The forward as it is served."""
+        return self.ensemble.run(*self.arguments(batch))
+
+    @property
+    def kind(self) -> OutputKind:
+        """What the members' outputs are; those of texts are always logits."""
+        return "logits" if self.reads_texts else self.task.class_answers.kind
 
     def log_probabilities(self, outputs: Tensor) -> Tensor:
         """(..., C) log-probabilities of outputs, as the archive reads them."""
-        return log_probabilities(outputs, self.settings.temperature, self.task.class_answers.kind)
+        return log_probabilities(outputs, self.settings.temperature, self.kind)
 
     def members(self, batch: Tensor) -> Tensor:
         """(M, B, C) log-probabilities of each member."""
@@ -124,14 +160,21 @@ class Teacher:
 
     def both(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Of each member, (M, B, C), and of all together, (B, C): log-probabilities."""
-        outputs = self.outputs(batch)
-        together = self.task.probabilities(outputs, self.ensemble.member_weights)
+        outputs, settings = self.outputs(batch), self.settings
+        weights = self.ensemble.member_weights.expand(-1, outputs.shape[1])
+        combined = combine_classes(outputs, weights, settings.aggregation, settings.temperature, self.kind)
+        together = combined.probabilities
         return self.log_probabilities(outputs), together.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def member(self, index: int, batch: Tensor) -> Tensor:
         """(B, C) log-probabilities of one member, through which a gradient flows to the batch."""
-        outputs = self.forward.member(index, batch.to(self.dtype))
+        outputs = self.forward.member(index, *self.arguments(batch))
         return self.log_probabilities(pick_outputs(with_axis(outputs), self.settings.num_classes))[0]
+
+
+def with_axis(outputs: Any) -> Any:
+    """The outputs of one model as those of one member: an axis in front of each tensor."""
+    return pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, outputs)
 
 
 def ask(teacher: Teacher, data: Data, place: Path, workers: int = 0, step: Step = lambda count: None) -> Told:
@@ -145,7 +188,7 @@ def ask(teacher: Teacher, data: Data, place: Path, workers: int = 0, step: Step 
         step: Called with a number of rows when they are done.
 
     Raises:
-        DistilError: No row can be read, or the disk is too small.
+        OptimiseError: No row can be read, or the disk is too small.
     """
     table = place.with_suffix(".safetensors")
     if not table.is_file():
@@ -160,17 +203,17 @@ def read_told(place: Path) -> Told:
         tensors = {key: file.get_tensor(key) for key in ("members", "ensemble", "labels")}
         facts = json.loads(file.metadata()["facts"])
     count, shape = len(tensors["labels"]), facts["shape"]
-    size = count * int(torch.tensor(shape).prod())
-    flat = torch.from_file(str(place.with_suffix(".bin")), shared=False, size=size)
+    dtype = getattr(torch, facts["dtype"])
+    flat = torch.from_file(str(place.with_suffix(".bin")), shared=False, size=count * math.prod(shape), dtype=dtype)
     examples = flat.view(count, *shape)
     return Told(examples, torch.arange(count), skipped=(facts["skipped"], facts["skipped_count"]), **tensors)
 
 
 def _check_space(folder: Path, teacher: Teacher, data: Data) -> None:
-    needed = (data.count or 0) * int(torch.tensor(teacher.shape).prod()) * 4
+    needed = (data.count or 0) * math.prod(teacher.shape) * teacher.inputs.dtype.itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DistilError(f"{folder}: the decoded examples take {needed >> 20} MiB, {free >> 20} are free")
+        raise OptimiseError(f"{folder}: the decoded examples take {needed >> 20} MiB, {free >> 20} are free")
 
 
 def _write(teacher: Teacher, data: Data, place: Path, workers: int, step: Step) -> None:
@@ -180,11 +223,11 @@ def _write(teacher: Teacher, data: Data, place: Path, workers: int, step: Step) 
             good = [index for index, example in enumerate(examples) if not isinstance(example, ItemError)]
             skipped += [f"{names[i]}: {e}" for i, e in enumerate(examples) if isinstance(e, ItemError)]
             if good:
-                batch = teacher.collate([examples[index] for index in good])
+                batch = teacher.inputs.pack([examples[index] for index in good])
                 own, all_of_them = teacher.both(batch)
                 finite = own.isfinite().all(-1).all(0).cpu()
                 skipped += [f"{names[good[i]]}: a member gives NaN" for i in (~finite).nonzero().flatten().tolist()]
-                file.write(batch.cpu().contiguous()[finite].numpy().tobytes())
+                file.write(batch[finite].numpy().tobytes())
                 members.append(own.cpu()[:, finite])
                 together.append(all_of_them.cpu()[finite])
                 known = [UNLABELLED if data.labels is None else data.labels[row + index] for index in good]
@@ -192,8 +235,10 @@ def _write(teacher: Teacher, data: Data, place: Path, workers: int, step: Step) 
             row += len(names)
             step(len(names))
         if not sum(map(len, labels)):
-            raise DistilError(f"no row can be read; the first: {skipped[0] if skipped else 'there is none'}")
-    facts = {"shape": list(teacher.shape), "skipped": skipped[:NAMED], "skipped_count": len(skipped)}
+            raise OptimiseError(f"no row can be read; the first: {skipped[0] if skipped else 'there is none'}")
+    dtype = str(teacher.inputs.dtype).removeprefix("torch.")
+    counted = {"skipped": skipped[:NAMED], "skipped_count": len(skipped)}
+    facts = {"shape": list(teacher.shape), "dtype": dtype, **counted}
     tensors = {"members": torch.cat(members, 1), "ensemble": torch.cat(together), "labels": torch.cat(labels)}
     # Last and at once: where it is, the examples are whole, too.
     with written_whole(place.with_suffix(".safetensors")) as table:

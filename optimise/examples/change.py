@@ -23,6 +23,8 @@ CHANGED = 0.5
 # Of rotation in radians, and of size and place as shares.
 TURN, SCALE, MOVE = 0.25, 0.15, 0.12
 NOISE, STEP = 0.4, 0.3
+# Most of a text's tokens that are replaced.
+REPLACED = 0.3
 
 
 def change(batch: Tensor) -> Tensor:
@@ -88,6 +90,26 @@ def seek_disagreement(batch: Tensor, member: Callable[[Tensor], Tensor], step: f
         (gradient,) = torch.autograd.grad((direction * said).sum(), moving)
     size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
     return batch + step * batch.std() * gradient / _rows(size, batch)
+
+
+def change_tokens(ids: Tensor, mask_id: int, special: Tensor) -> Tensor:
+    """Token ids (B, S), some replaced by the mask token, some by the token that a text beside has in their place.
+
+    Args:
+        ids: On any device; what is in `special` stays, padding among it.
+        mask_id: Of the tokenizer.
+        special: Ids that are never replaced, nor replace others.
+
+    Source: Tang et al., Distilling Task-Specific Knowledge from BERT, https://arxiv.org/abs/1903.12136
+    """
+    kept = torch.isin(ids, special.to(ids))
+    share = _rows(torch.rand(len(ids)), ids) * REPLACED
+    kind = torch.rand(ids.shape).to(ids.device)
+    partner = ids[torch.randperm(len(ids)).to(ids.device)]
+    usable = ~torch.isin(partner, special.to(ids))
+    changed = torch.where(kind < share / 2, torch.full_like(ids, mask_id), ids)
+    changed = torch.where((kind >= share / 2) & (kind < share) & usable, partner, changed)
+    return torch.where(kept, ids, changed)
 
 
 def _rows(values: Tensor, batch: Tensor) -> Tensor:

@@ -15,17 +15,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from optimise.distil.errors import DistilError
-from optimise.distil.write import write_json
+from optimise.errors import OptimiseError
+from optimise.output.write import write_json
 from vmap_ensemble.archive.settings import SETTINGS_FILE
+from vmap_ensemble.errors import EnsembleError
 
-WORK, REPORT = ".work", "report.json"
+WORK, REPORT, PAGE = ".work", "report.json", "report.html"
 
 
 def _clear(output: Path) -> None:
     """Remove what an earlier run has written: its members would stand beside those of the next."""
     shutil.rmtree(output / WORK, ignore_errors=True)
-    for path in (*output.glob("*.safetensors"), output / REPORT, output / SETTINGS_FILE):
+    for path in (*output.glob("*.safetensors"), *(output / name for name in (REPORT, PAGE, SETTINGS_FILE))):
         path.unlink(missing_ok=True)
 
 
@@ -34,16 +35,16 @@ def opened(output: Path, made_with: Mapping[str, Any], anew: bool) -> Iterator[P
     """The folder of what a run needs to go on; gone again where data of a new one turn out to be refused inside.
 
     Args:
-        output: The folder of the student.
-        made_with: What decides on the student.
+        output: The folder.
+        made_with: What decides on what is made; the tool's name among it.
         anew: Begin again, whatever is there.
 
     Raises:
-        DistilError: It can't be written to, or holds a run that was made with something else.
+        OptimiseError: It can't be written to, or holds a run that was made with something else.
     """
     work, facts = output / WORK, output / WORK / "made_with.json"
     if output.exists() and not output.is_dir():
-        raise DistilError(f"{output}: is a file; --output names a folder")
+        raise OptimiseError(f"{output}: is a file; --output names a folder")
     is_ours = facts.is_file()
     if anew and is_ours:
         _clear(output)
@@ -51,22 +52,22 @@ def opened(output: Path, made_with: Mapping[str, Any], anew: bool) -> Iterator[P
     given = json.loads(json.dumps(made_with))
     for key in given if known else ():
         if known.get(key) != given[key]:
-            raise DistilError(
+            raise OptimiseError(
                 f"{output}: was made with {key} {known.get(key)!r}, this is {given[key]!r}; --anew begins again, "
                 "another --output leaves it"
             )
     if not is_ours and output.is_dir() and any(output.iterdir()):
-        raise DistilError(f"{output}: holds files that aren't of a run of distil; name another folder")
+        raise OptimiseError(f"{output}: holds files that aren't of a run of this tool; name another folder")
     try:
         work.mkdir(parents=True, exist_ok=True)
         write_json(facts, given)
     except OSError as error:
-        raise DistilError(f"{output}: can't be written to ({error.strerror})") from None
+        raise OptimiseError(f"{output}: can't be written to ({error.strerror})") from None
     if not os.access(work, os.W_OK):
-        raise DistilError(f"{output}: not writable")
+        raise OptimiseError(f"{output}: not writable")
     try:
         yield work
-    except DistilError:
+    except EnsembleError:
         if not known:
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):  # it holds files of the user's

@@ -1,6 +1,6 @@
-"""Turns the figures of ensemble and student into a table for people, JSON, and yes or no: the gate.
+"""Turns the figures of an ensemble and of what was made of it into a table for people, JSON, and yes or no: the gate.
 
-python -m optimise.distil.report runs/student/report.json      the table of a run that is finished, as Markdown
+python -m optimise.gate.report runs/student/report.json      the table of a run that is finished, as Markdown
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8)
-COLUMNS = ("mean member", "ensemble", "student")
+COLUMNS = ("mean member", "ensemble", "student", "pruned")
 
 
 @dataclass(frozen=True)
 class Column:
-    """What is known of one of the three: the members' mean, the ensemble, the student.
+    """What is known of one of the three: the members' mean, the ensemble, what was made of it.
 
     Attributes:
         accuracy: Share of the held-out examples that it gets right.
@@ -46,25 +46,25 @@ class Column:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a student may lose against its ensemble: accuracy as a share, NLL in nats."""
+    """What may be lost against the ensemble: accuracy as a share, NLL in nats."""
 
     accuracy: float = 0.01
     nll: float = 0.05
 
 
 def reason_against(columns: Mapping[str, Column], limits: Limits) -> str | None:
-    """Why a student is refused: what it loses, and how much may be lost; None where it is accepted."""
-    ensemble, student, reasons = columns["ensemble"], columns["student"], []
-    lost = ensemble.accuracy - student.accuracy
+    """Why the last column, what was made, is refused: what it loses and how much may be lost; None: accepted."""
+    ensemble, made, reasons = columns["ensemble"], list(columns.values())[-1], []
+    lost = ensemble.accuracy - made.accuracy
     if lost > limits.accuracy:
         reasons.append(
-            f"accuracy {student.accuracy:.2%}, the ensemble's {ensemble.accuracy:.2%}: {lost:.2%} lost, "
+            f"accuracy {made.accuracy:.2%}, the ensemble's {ensemble.accuracy:.2%}: {lost:.2%} lost, "
             f"{limits.accuracy:.2%} allowed (--max-accuracy-loss)"
         )
-    lost = student.nll - ensemble.nll
+    lost = made.nll - ensemble.nll
     if not lost <= limits.nll:  # NaN is refused as well
         reasons.append(
-            f"NLL {student.nll:.4f}, the ensemble's {ensemble.nll:.4f}: {lost:.4f} lost, {limits.nll:g} allowed "
+            f"NLL {made.nll:.4f}, the ensemble's {ensemble.nll:.4f}: {lost:.4f} lost, {limits.nll:g} allowed "
             "(--max-nll-loss)"
         )
     return "; ".join(reasons) or None
@@ -102,7 +102,10 @@ def as_json(columns: Mapping[str, Column]) -> dict[str, Any]:
 
 def as_markdown(report: Mapping[str, Any]) -> str:
     """The table of a report.json."""
-    columns = {name: Column(**report[name.replace(" ", "_")]) for name in COLUMNS}
+    keys = {name: name.replace(" ", "_") for name in COLUMNS}
+    columns = {name: Column(**report[key]) for name, key in keys.items() if key in report}
+    if len(columns) < 3:
+        raise KeyError("columns")
     head = [["", *columns], ["---"] + ["---:"] * len(columns)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows_of(columns)])
 
@@ -110,7 +113,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of a finished run."""
     parser = argparse.ArgumentParser(
-        prog="python -m optimise.distil.report", description="Print a run's table as Markdown.", allow_abbrev=False
+        prog="python -m optimise.gate.report", description="Print a run's table as Markdown.", allow_abbrev=False
     )
     parser.add_argument("report", type=Path, metavar="REPORT", help="report.json of the run's folder")
     path = parser.parse_args(arguments).report

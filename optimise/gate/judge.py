@@ -1,4 +1,4 @@
-"""Turns ensemble and student, both as they are served, and held-out examples into the figures that compare them."""
+"""Turns an ensemble and what was made of it, both as they are served, and held-out examples into figures."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from optimise.distil.losses import UNLABELLED
-from optimise.distil.report import BATCHES, Column
-from optimise.distil.students import Student
-from optimise.distil.teacher import Teacher, Told
+from optimise.examples.data import UNLABELLED
+from optimise.examples.teacher import Teacher, Told
+from optimise.gate.report import BATCHES, Column
 from quality.scores import measure_auroc, score
 from vmap_ensemble.core.aggregate import combine_classes
 from vmap_ensemble.ensemble import Ensemble
@@ -40,19 +40,36 @@ class Judged:
     unlike: Tensor | None
 
 
-def settings_of_student(
-    block: Mapping[str, Any], teacher: Teacher, architecture: str | None, into: str
-) -> dict[str, Any]:
-    """The archive's settings for the student; how inputs are prepared stays what it was.
+@dataclass(frozen=True)
+class Made:
+    """What a tool made of an ensemble.
+
+    Attributes:
+        title: Of its column, such as `student`.
+        model: Its architecture; the weights don't matter.
+        states: Name of the member -> its state dict.
+        settings: What it will be served with.
+        folder: What its task reads: labels, pretrained/, pruned.json; the archive's where nothing of it is new.
+    """
+
+    title: str
+    model: nn.Module
+    states: States
+    settings: Mapping[str, Any]
+    folder: Path
+
+
+def settings_of(block: Mapping[str, Any], teacher: Teacher, architecture: str | None, members: int) -> dict[str, Any]:
+    """The archive's settings for what was made of it; how inputs are prepared stays what it was.
 
     Args:
         block: The archive's own.
         teacher: The archive.
-        architecture: Of the student, where it is another.
-        into: `one` or `heads`.
+        architecture: Of what was made, where it is another.
+        members: How many it has.
     """
     settings = {**block, "architecture": architecture or teacher.task.architecture}
-    if into == "one":
+    if members != len(teacher.ensemble.names):
         settings.pop("weights", None)  # of members that are one now
     weights = getattr(teacher.task, "weights", None)
     if architecture and weights is not None and not settings.get("transforms"):
@@ -60,64 +77,53 @@ def settings_of_student(
     return settings
 
 
-def judge(
-    teacher: Teacher, student: Student, settings: Mapping[str, Any], test: Told, unlike: Told | None
-) -> dict[str, Column]:
-    """The figures of the members' mean, the ensemble and the student.
+def judge(teacher: Teacher, made: Made, test: Told, unlike: Told | None) -> dict[str, Column]:
+    """The figures of the members' mean, the ensemble and what was made of it.
 
     Args:
         teacher: The ensemble.
-        student: Trained.
-        settings: What it will be served with.
+        made: Trained.
         test: What the ensemble said of held-out examples.
         unlike: What it said of inputs of another kind.
     """
     first = test.batch(torch.arange(1))
-    served = Teacher(_serve(teacher, student.model, student.states(), settings, first))
+    served = Teacher(_serve(teacher, made, first))
     labels, _ = labels_to_judge_by(test)
     own = Judged(test.members, test.ensemble, None if unlike is None else unlike.members)
     columns = {
         "mean member": _mean_member(own, labels),
         "ensemble": _column(teacher, own, labels, own.together),
-        "student": _column(served, _say(served, test, unlike), labels, own.together),
+        made.title: _column(served, _say(served, test, unlike), labels, own.together),
     }
-    alone = _serve(teacher, teacher.task.build_model(), _first_member(teacher), _alone(teacher), first)
-    runs = (alone.run, teacher.ensemble.run, served.ensemble.run)
-    times = measure_latencies(runs, first.to(teacher.device, teacher.dtype))
+    alone = Teacher(_serve(teacher, _first_member(teacher, made), first))
+    times = measure_latencies((alone.run, teacher.run, served.run), first)
     pairs = zip(columns.items(), times, strict=True)
     return {name: dataclasses.replace(one, latency_ms=own_ms) for (name, one), own_ms in pairs}
 
 
-def _serve(
-    teacher: Teacher,
-    model: Any,
-    states: States,
-    settings: Mapping[str, Any],
-    like: Tensor,
-) -> Ensemble:
+def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
     """State dicts as an archive of theirs would be run: with the teacher's settings, on its device."""
     run = {"execution": teacher.settings.execution, "dtype": teacher.settings.dtype}
-    on_host = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in states.items()}
+    on_host = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in made.states.items()}
     return Ensemble.of(
-        model.cpu(),
+        made.model.cpu(),
         on_host,
-        example=like,
-        settings={**settings, **run},
+        example=teacher.inputs.arguments(like),
+        settings={**made.settings, **run},
         task=type(teacher.task),
         device=str(teacher.device),
+        folder=made.folder,
     )
 
 
-def _first_member(teacher: Teacher) -> dict[str, dict[str, Tensor]]:
-    return {teacher.ensemble.names[0]: teacher.forward.member_state(0)}
-
-
-def _alone(teacher: Teacher) -> dict[str, Any]:
-    return {**dataclasses.asdict(teacher.settings), "weights": None}
+def _first_member(teacher: Teacher, made: Made) -> Made:
+    states = {teacher.ensemble.names[0]: teacher.forward.member_state(0)}
+    settings = {**dataclasses.asdict(teacher.settings), "weights": None}
+    return Made("", teacher.build_model(), states, settings, teacher.task.place.folder or made.folder)
 
 
 def _say(served: Teacher, test: Told, unlike: Told | None) -> Judged:
-    """Ask a student what its teacher was asked."""
+    """Ask what was made what its teacher was asked."""
     parts = [served.both(rows) for rows in test.batches(AT_ONCE)]
     strange = None
     if unlike is not None:
@@ -171,8 +177,8 @@ def measure_latencies(runs: Sequence[Callable[[Tensor], Any]], example: Tensor) 
     """Median milliseconds of a forward at each batch size, in turn, so that a busy machine meets all alike.
 
     Args:
-        runs: What is called with a batch.
-        example: (1, ...) on the device.
+        runs: What is called with packed examples.
+        example: One of them, (1, ...).
     """
     found: list[dict[str, float]] = [{} for _ in runs]
     for size in BATCHES:
