@@ -22,7 +22,7 @@ from optimise.distil.start import sample_of
 from optimise.distil.students import last_module
 from optimise.errors import OptimiseError
 from optimise.examples.teacher import Teacher
-from vmap_ensemble.errors import first_line
+from vmap_ensemble.errors import EnsembleError, first_line
 
 # Channels that a layer keeps are a multiple of this where it has as many: what vector units of today compute at once.
 MULTIPLE = 8
@@ -63,8 +63,9 @@ def cut_members(teacher: Teacher, keep: float) -> list[nn.Module]:
         with torch.no_grad():
             for member in members:
                 teacher.call(member.eval(), sample_of(teacher))
-    except (RuntimeError, ValueError, AssertionError, AttributeError, KeyError, IndexError, TypeError) as error:
-        # Whatever following a network that it doesn't know may raise.
+    except EnsembleError:
+        raise
+    except Exception as error:  # whatever following a network that it doesn't know may raise
         name = type(members[0]).__name__
         raise OptimiseError(f"{name}: its channels can't be followed ({first_line(error)})") from error
     if not any(removed):
@@ -99,11 +100,11 @@ def _find_cuts(teacher: Teacher, member: nn.Module, graph: Any) -> Iterator[Cut]
     names = {module: name for name, module in member.named_modules()}
     last = member.get_submodule(last_module(member, sample_of(teacher), teacher.call))
     for group in graph.get_all_groups(ignored_layers=[last], root_module_types=[_ConvNd, nn.Linear]):
-        outputs = [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
         if teacher.reads_texts:
+            outputs = [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
             unit = _unit_of_encoder(member, outputs)
         else:
-            unit = None if any(map(_is_grouped, outputs)) else 1
+            unit = None if any(_is_grouped(dep.target.module) for dep, _ in group) else 1
         if unit is not None:
             yield Cut(names[group[0].dep.target.module], unit)
 
