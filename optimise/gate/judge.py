@@ -103,7 +103,9 @@ def judge(teacher: Teacher, made: Made, test: Told, unlike: Told | None) -> dict
 
 def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
     """State dicts as an archive of theirs would be run: with the teacher's settings, on its device."""
-    run = {"execution": teacher.settings.execution, "dtype": teacher.settings.dtype}
+    run = {"dtype": teacher.settings.dtype}
+    if not made.settings.get("quantization"):  # which has one way to run
+        run["execution"] = teacher.settings.execution
     on_host = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in made.states.items()}
     return Ensemble.of(
         made.model.cpu(),
@@ -148,7 +150,7 @@ def _column(of: Teacher, judged: Judged, labels: Tensor, ensemble: Tensor) -> Co
         mutual_information=information.mean().item() if has_members else None,
         auroc=auroc,
         parameters=sum({id(tensor): tensor.numel() for tensor in members.tensors()}.values()),
-        size_mib=members.size_bytes() / 2**20,
+        size_mib=of.forward.size_bytes / 2**20,
     )
 
 

@@ -33,7 +33,7 @@ GOOD, BAD, OTHER = (
 )
 WORDS = [*SPECIAL, *GOOD, *BAD, *OTHER]
 SIZES: dict[str, Any] = {
-    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32},
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
     **{"vocab_size": len(WORDS), "max_position_embeddings": 24},
 }
 LABELS = {0: "down", 1: "up"}

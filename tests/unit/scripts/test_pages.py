@@ -65,6 +65,10 @@ RUN_BY: dict[str, dict[str, str]] = {
         "tests/unit/optimise/test_distil.py::test_the_commands_of_the_page_run_as_written",
     )
     | {"bert_ens": "tests/unit/optimise/test_texts.py::test_the_commands_of_the_page_run_as_written"},
+    "docs/precision.md": {
+        "vmap-ensemble quantise": "tests/unit/optimise/test_quantise.py::"
+        "test_the_command_of_the_page_builds_what_it_judged",
+    },
     "docs/prune.md": dict.fromkeys(
         ("vmap-ensemble prune", "./archive.sh photos_ens_pruned"),
         "tests/unit/optimise/test_prune.py::test_the_commands_of_the_page_run_as_written",
