@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -17,26 +16,18 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("transformers")
 
-from scripts.private_torchserve import TorchServe
-from tests.server import bad_images, bad_texts
-from tests.server import bad_inputs as bad
+from tests.server import bad_images
 from tests.server.ray_process import RayServe
-from tests.server.test_bad_inputs import assert_close, build_archive
+from tests.server.recorded import MOST_BYTES, REQUESTS, ask_all, check_answers
+from tests.server.test_bad_inputs import assert_close
 from vmap_ensemble.client import Client
 from vmap_ensemble.ensemble import Ensemble
 
 pytestmark = pytest.mark.timeout(180)
 
-SHAPE = (1, 28, 28)
-MOST_BYTES = 200_000
 BATCH = 8
 # Both together fit into two logical CPUs, with a second replica of the first.
 CPUS = {"num_cpus": 0.5}
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: build_archive(tmp_path_factory.mktemp(name), name) for name in ("mnist", "bert")}
 
 
 def application(archives: Mapping[str, Path], replicas: int = 1, **user_config: Any) -> list[dict[str, Any]]:
@@ -61,57 +52,9 @@ def application(archives: Mapping[str, Path], replicas: int = 1, **user_config: 
     ]
 
 
-def requests() -> list[tuple[str, bad.Sent]]:
-    """Path and request: every way to ask, and what must be refused."""
-    rng = random.Random(0)
-    texts, explained = bad_texts.text_makers(bad_texts.text_item), bad_texts.explanation_makers(bad_texts.text_item)
-    png = bad_images.png(rng)
-    own = [
-        {"content": png, "headers": {"Content-Type": "image/png", "X-Ensemble-Detail": "members"}},
-        {"content": png, "headers": {"describe": "False", "x-ensemble-top-k": "1"}},
-        {"files": [("data", png), ("data", png)]},
-        {"files": {"data": ("a.json", json.dumps(bad_images.base64_item(rng)), "application/json")}},
-        {"files": {"data": ("a.txt", "a text", "text/plain"), "subset": (None, "m0")}},
-        {"data": {"form": "lost"}},
-    ]
-    kinds = {
-        "/predictions/mnist": [
-            *bad_images.good_images(rng, SHAPE, 8),
-            *bad.make_bad(rng, bad_images.image_makers(SHAPE), 60),
-            *(bad.Sent("own", (), request) for request in own),
-        ],
-        "/explanations/mnist": [bad.Sent("not offered", (501,), {"content": png})],
-        "/predictions/bert": [
-            *bad_texts.good_texts(rng, bad_texts.text_item, 7),
-            *bad.make_bad(rng, texts, 40),
-            bad.Sent("plain", (200,), {"content": "größe", "headers": {"Content-Type": "text/plain"}}),
-        ],
-        "/explanations/bert": [
-            *(bad.Sent("good", (200,), bad.as_json(bad_texts.text_item(rng))) for _ in range(2)),
-            *bad.make_bad(rng, explained, 15),
-        ],
-    }
-    return [(path, one) for path, sent in kinds.items() for one in sent]
-
-
-REQUESTS = requests()
-
-
-def ask_all(client: httpx.Client, clients: int) -> list[httpx.Response]:
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(lambda one: client.post(one[0], **one[1].request), REQUESTS))
-
-
 @pytest.fixture(scope="module")
-def expected(archives: dict[str, Path]) -> list[httpx.Response]:
-    """What TorchServe answers, each asked alone."""
-    with TorchServe(archives, batching={"batchSize": 1}) as server, server.client() as client:
-        return ask_all(client, 1)
-
-
-@pytest.fixture(scope="module")
-def server(archives: dict[str, Path]) -> Iterator[RayServe]:
-    with RayServe(application(archives)) as running:
+def server(recorded_archives: dict[str, Path]) -> Iterator[RayServe]:
+    with RayServe(application(recorded_archives)) as running:
         yield running
 
 
@@ -129,22 +72,15 @@ def _with_version(request: httpx.Request) -> None:
 
 
 def test_answers_are_torchserves(
-    client: httpx.Client, server: RayServe, expected: list[httpx.Response], archives: dict[str, Path]
+    client: httpx.Client, server: RayServe, recorded_answers: list[httpx.Response]
 ) -> None:
-    for (path, one), got, wanted in zip(REQUESTS, ask_all(client, 16), expected, strict=True):
-        assert got.status_code == wanted.status_code, (path, one.kind, got.text[:200], wanted.text[:200])
-        assert got.headers["content-type"] == "application/json"
-        told, theirs = got.json(), wanted.json()
-        if "model_name" in theirs:
-            assert told["model_name"] == theirs["model_name"]
-        assert_close(told, theirs, f"{path}: {one.kind}")
-    assert {reply.status_code for reply in expected} >= {200, 400, 413, 415, 422, 501}
+    check_answers(REQUESTS, ask_all(client, REQUESTS, 16), recorded_answers)
     assert "could not be answered" not in server.log()
 
 
-def test_the_library_gives_the_same(client: httpx.Client, archives: dict[str, Path]) -> None:
+def test_the_library_gives_the_same(client: httpx.Client, recorded_archives: dict[str, Path]) -> None:
     png = bad_images.png(random.Random(5))
-    (answer,) = Ensemble.load(archives["mnist"]).predict([png], top_k=2, detail=True)
+    (answer,) = Ensemble.load(recorded_archives["mnist"]).predict([png], top_k=2, detail=True)
     with Client(str(client.base_url), "mnist", trust_env=False) as asking:
         assert_close(asking.predict(png, top_k=2, detail=True).body, answer.body)
 
@@ -262,13 +198,13 @@ class Load:
 
 
 def test_nobody_is_lost_while_replicas_come_settings_change_and_replicas_go(
-    client: httpx.Client, server: RayServe, archives: dict[str, Path]
+    client: httpx.Client, server: RayServe, recorded_archives: dict[str, Path]
 ) -> None:
     png = bad_images.png(random.Random(4))
     with Load(client) as load:
-        server.deploy(application(archives, replicas=2))
+        server.deploy(application(recorded_archives, replicas=2))
         # One is drained; the one that is left has other settings from now on.
-        server.deploy(application(archives, replicas=1, batch_size=4, settings={"top_k": 1}))
+        server.deploy(application(recorded_archives, replicas=1, batch_size=4, settings={"top_k": 1}))
         assert {len(client.post("/predictions/mnist", content=png).json()["top_k"]) for _ in range(8)} == {1}
     assert len(load.statuses) > 50
     assert set(load.statuses) == {200}

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.frontends.ray_serve.door import Ask, Door, Taken
+from vmap_ensemble.frontends.door import Ask, Door, Taken
 from vmap_ensemble.frontends.ray_serve.replica import Served
 from vmap_ensemble.frontends.ray_serve.settings import ModelSettings, deployment_name, read_application
 from vmap_ensemble.serving.batch import Reply
