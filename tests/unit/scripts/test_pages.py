@@ -29,6 +29,7 @@ REASONS = (
     "a running production server",
     "a Java development kit",
     "members of your own",
+    "a cluster",
 )
 # Page -> part of a block -> the test that runs it. An empty part stands for all blocks of the page.
 RUN_BY: dict[str, dict[str, str]] = {
@@ -70,6 +71,7 @@ RUN_BY: dict[str, dict[str, str]] = {
         "tests/unit/optimise/test_prune.py::test_the_commands_of_the_page_run_as_written",
     ),
     "docs/export.md": {"": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written"},
+    "docs/kserve.md": {"curl": "tests/server/test_kserve.py::test_the_lines_of_the_page_are_answered"},
     "docs/library.md": {"": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written"},
     "docs/offline.md": {
         "predict_many": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written",
@@ -81,7 +83,7 @@ RUN_BY: dict[str, dict[str, str]] = {
 SHELL = re.compile(
     r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|\w+=\$\()|"
     r"(\$ )?(python|pip|curl|torchserve|torch-model-archiver|vmap-ensemble)\b|"
-    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|ray|serve (run|deploy|status))\b"
+    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|ray|serve (run|deploy|status))\b"
 )
 PYTHON = re.compile(r"(from [\w.]+ import |import \w|with \w+\(|@\w+)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
