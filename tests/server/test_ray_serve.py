@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import tarfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -12,10 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 pytest.importorskip("ray")
 pytest.importorskip("transformers")
 
+from archiver.command import main
 from tests.server import bad_images
 from tests.server.ray_process import RayServe
 from tests.server.recorded import MOST_BYTES, REQUESTS, ask_all, check_answers
@@ -165,6 +169,53 @@ def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: 
     line = next(line for line in lines if line.startswith("ray_ensemblerefusedrequests_total{") and "415" in line)
     for label in ('ModelName="mnist"', 'ModelVersion="1.0"', 'Level="Model"', 'Reason="unknown_kind"'):
         assert label in line
+
+
+def test_a_folder_is_answered_by_the_cluster_as_without(
+    server: RayServe, recorded_archives: dict[str, Path], tmp_path: Path
+) -> None:
+    photos, rng = tmp_path / "photos", random.Random(6)
+    photos.mkdir()
+    for index in range(150):  # two windows, and a part of a third
+        (photos / f"{index}.png").write_bytes(bad_images.png(rng))
+    (photos / "70.png").write_bytes(b"no image")
+    command = ["predict", str(recorded_archives["mnist"]), str(photos), "--batch-size", "8", "--threads", "1"]
+    here, on_ray = tmp_path / "here.jsonl", tmp_path / "on_ray.jsonl"
+    assert main([*command, "--output", str(here)]) == 0
+    done = server.run("-m", "archiver.command", *command, "--output", str(on_ray), "--on", "ray")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in here.read_text().splitlines()]
+    assert [line["input"] for line in lines] == [f"{index}.png" for index in range(150)]
+    assert [line["input"] for line in lines if "error" in line] == ["70.png"]
+    assert on_ray.read_bytes() == here.read_bytes()
+
+
+def test_the_file_for_sagemaker_is_served_as_its_image_does(
+    client: httpx.Client, server: RayServe, recorded_archives: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model.tar.gz"
+    assert main(["export", str(recorded_archives["bert"]), "--to", "sagemaker", "--output", str(model)]) == 0
+    folder = tmp_path / "model"
+    with tarfile.open(model) as tar:
+        tar.extractall(folder, filter="data")
+    (own,) = yaml.safe_load((folder / "config.yaml").read_text())["applications"]
+    # /opt/ml/model and its code/ are the image's PYTHONPATH; here another application has the address `/`.
+    paths = {"PYTHONPATH": f"{folder}:{folder / 'code'}"}
+    own.update(name="sagemaker", route_prefix="/image", runtime_env={"env_vars": paths})
+    server.deploy([*application(recorded_archives), own])
+    same = client.post("/predictions/bert", json={"text": "a great movie"}).json()
+    # The image's own process for 8080 posts to `/`, with the type and headers of SageMaker's alone.
+    for path in ("/image/", "/image/invocations", "/image/predictions/bert"):
+        assert_close(client.post(path, json={"text": "a great movie"}).json(), same)
+    explained = client.post(
+        "/image/", json={"text": "a great movie"}, headers={"X-Amzn-SageMaker-Custom-Attributes": "explain"}
+    )
+    assert explained.json()["explanations"]
+    refused = client.post("/image/", content=b"", headers={"Content-Type": "text/plain"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, 400)
+    ping = client.get("/image/ping")
+    assert (ping.status_code, ping.content) == (200, b"")
+    server.deploy(application(recorded_archives))
 
 
 class Load:

@@ -114,10 +114,14 @@ class Door:
         raise RequestError(413, f"the body is larger than {self._most_bytes} bytes")
 
 
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request below where the application stands."""
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+
+
 def _route(scope: Mapping[str, Any]) -> tuple[Asks, str]:
     """What a path asks, and of which model."""
-    path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
-    kind, _, name = path.removeprefix("/").partition("/")
+    kind, _, name = path_of(scope).removeprefix("/").partition("/")
     if kind not in ROUTES or not name:
         raise RequestError(404, f"no such address; expected {' or '.join(f'/{route}/NAME' for route in ROUTES)}")
     return ROUTES[kind], name

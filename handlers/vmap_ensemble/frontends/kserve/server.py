@@ -7,8 +7,9 @@ what only the SDK reads, CloudEvents and binary tensors, goes on to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
 from kserve import ModelServer, model_server
@@ -83,9 +84,9 @@ class _OurRoute(Route):
         super().__init__(path, take)
         self.methods = None
 
-    def matches(self, scope: Mapping[str, object]) -> tuple[Match, dict[str, object]]:  # type: ignore[override]
-        found, child = super().matches(scope)  # type: ignore[arg-type]
-        if found is Match.NONE or not _is_for_the_sdk(Request(dict(scope)).headers):
+    def matches(self, scope: MutableMapping[str, Any]) -> tuple[Match, MutableMapping[str, Any]]:
+        found, child = super().matches(scope)
+        if found is Match.NONE or not _is_for_the_sdk(Request(scope).headers):
             return found, child
         return Match.NONE, {}
 

@@ -16,6 +16,7 @@ from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.frontends.door import Door, Taken, open_taken
 from vmap_ensemble.frontends.loading import ask_sample, load_served
 from vmap_ensemble.frontends.ray_serve.metrics import Metrics
+from vmap_ensemble.frontends.ray_serve.sagemaker import SageMakerDoor
 from vmap_ensemble.frontends.ray_serve.settings import ModelSettings
 from vmap_ensemble.process.threads import cores_at_hand
 from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch
@@ -30,9 +31,10 @@ class Served:
         name: What clients ask for.
         model: How it is served, unless a deployment's user_config says otherwise.
         most_bytes: Of a request's body.
+        invocations: Whether SageMaker's addresses are answered, too.
     """
 
-    def __init__(self, name: str, model: ModelSettings, most_bytes: int) -> None:
+    def __init__(self, name: str, model: ModelSettings, most_bytes: int, invocations: bool = False) -> None:
         self._name, self._defaults = name, model
         self._model: ModelSettings | None = None
         # One thread for all that torch does: it has the threads that were set and measured with, and the loop stays
@@ -41,6 +43,8 @@ class Served:
         self._idle = asyncio.Event()
         self._idle.set()
         self._door = Door({name: self.answer}, most_bytes)
+        if invocations:
+            self._door = SageMakerDoor(name, self.answer, most_bytes, self.check_health)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take a deployment's user_config; Ray calls it at the start, too. Requests wait while an archive is loaded.
