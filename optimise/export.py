@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line; exits with 2 when it makes no sense."""
     parser = argparse.ArgumentParser(
         prog="vmap-ensemble export",
-        description="Write all members with their aggregation as one file for ONNX's runtimes, torch.export or SageMaker.",
+        description="Write all members with their aggregation as one file, for other runtimes or for SageMaker.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -35,7 +35,7 @@ from vmap_ensemble.frontends import ray_serve
 def app(args):
     return ray_serve.app({"archive": str(Path(__file__).with_name("model")), "invocations": True, **args})
 '''
-# Beside what the images hold: torch, torchvision, Pillow, NumPy, PyYAML, transformers, Ray, and pydantic with FastAPI.
+# Beside what the images hold: torch, torchvision, Pillow, NumPy, PyYAML, transformers, and Ray with FastAPI.
 REQUIREMENTS = ("safetensors>=0.5", "psutil>=5.9.6", "rich>=13")
 EXPLANATIONS = "captum>=0.8"
 # Weights hardly get smaller, whatever the effort.

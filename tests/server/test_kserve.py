@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shlex
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +22,9 @@ from kserve import InferInput, InferRequest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
-from scripts.private_torchserve import ROOT
 from tests.server import bad_images
 from tests.server import bad_inputs as bad
+from tests.server.curl_lines import ask_as_written
 from tests.server.kserve_process import KServe
 from tests.server.recorded import MOST_BYTES, REQUESTS, Recorded, ask_all, check_answers
 from tests.server.test_bad_inputs import assert_close
@@ -222,11 +220,7 @@ def test_probes_predict_and_requests_share_forwards(client: httpx.Client, stub: 
 
 
 def test_the_lines_of_the_page_are_answered(server: KServe) -> None:
-    page = (ROOT / "docs/kserve.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^    (curl .*)$", page, re.M)
-    assert len(lines) == 2
-    for line in lines:
-        asked = line.replace("http://127.0.0.1:8080", server.url).replace("/models/ens", "/models/mnist")
-        done = subprocess.run([*shlex.split(asked), "-sS", "--fail"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout).keys() & {"prediction", "ready"}
+    for page in ("docs/kserve.md", "docs/moving.md"):
+        answers = ask_as_written(page, "http://127.0.0.1:8080", server.url, "mnist")
+        assert len(answers) == 2
+        assert all(answer.keys() & {"prediction", "predictions", "ready"} for answer in answers)

@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 
 from archiver.command import main
 from tests.server import bad_images
+from tests.server.curl_lines import ask_as_written
 from tests.server.ray_process import RayServe
 from tests.server.recorded import MOST_BYTES, REQUESTS, ask_all, check_answers
 from tests.server.test_bad_inputs import assert_close
@@ -71,7 +72,7 @@ def client(server: RayServe) -> Iterator[httpx.Client]:
 
 
 def _with_version(request: httpx.Request) -> None:
-    if request.url.path.endswith("/bert"):
+    if request.url.path in ("/predictions/bert", "/explanations/bert"):
         request.url = request.url.copy_with(path=f"{request.url.path}/2.0")
 
 
@@ -87,6 +88,11 @@ def test_the_library_gives_the_same(client: httpx.Client, recorded_archives: dic
     (answer,) = Ensemble.load(recorded_archives["mnist"]).predict([png], top_k=2, detail=True)
     with Client(str(client.base_url), "mnist", trust_env=False) as asking:
         assert_close(asking.predict(png, top_k=2, detail=True).body, answer.body)
+
+
+def test_the_lines_of_the_page_are_answered(server: RayServe) -> None:
+    (answer,) = ask_as_written("docs/moving.md", "http://127.0.0.1:8000", server.url, "mnist")
+    assert answer["prediction"]
 
 
 def test_what_is_no_request_of_a_model(client: httpx.Client) -> None:

@@ -77,6 +77,13 @@ RUN_BY: dict[str, dict[str, str]] = {
         "predict_many": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written",
         "vmap-ensemble predict": "tests/archive/test_library_page.py::test_the_command_for_a_folder_runs_as_written",
     },
+    "docs/moving.md": {
+        ":8000/predictions": "tests/server/test_ray_serve.py::test_the_lines_of_the_page_are_answered",
+        ":8080/predictions": "tests/server/test_kserve.py::test_the_lines_of_the_page_are_answered",
+        "export": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written",
+        "litserve": "tests/server/test_litserve.py::served",
+        "predict model_store": "tests/archive/test_library_page.py::test_the_command_for_a_folder_runs_as_written",
+    },
     "docs/own_handler.md": {"": "tests/unit/frontends/torchserve/test_own_handler.py::space"},
     "docs/versions.md": {"curl": "tests/server/test_versions.py::test_update_and_roll_back_lose_nothing"},
 }
