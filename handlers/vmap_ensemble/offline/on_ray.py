@@ -137,6 +137,7 @@ def _dataset(job: Job, numbers: range) -> Any:
     """The lines of windows as a Ray dataset, in the order of the windows."""
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of each run, and of the bars that it hasn't
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
