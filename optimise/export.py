@@ -34,6 +34,8 @@ predictive_entropy, expected_entropy, mutual_information (nats), agreement (batc
 # Largest difference of any output to the ensemble's that a file may have.
 TOLERANCE = 1e-4
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "sagemaker": ".tar.gz"}
+# Options for SageMaker, and their defaults; what is none by default may stay so.
+REPLICA = {"batch-size": 8, "cpus": 1, "gpus": 0}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--output", type=Path, required=True, metavar="FILE", help="such as ens.onnx")
     add("--force", action="store_true", help="replace a file that exists")
     sagemaker = parser.add_argument_group("sagemaker", "what config.yaml says of a replica")
-    for name, default in (("batch-size", 8), ("cpus", 1), ("gpus", 0)):
+    for name, default in REPLICA.items():
         sagemaker.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
     options = parser.parse_args(arguments)
+    for name, default in REPLICA.items():
+        given, least = getattr(options, name.replace("-", "_")), min(1, default)
+        if given < least:
+            parser.error(f"--{name}: expected {least} or more, got {given}")
     if not options.output.name.endswith(SUFFIXES[options.to]):
         parser.error(f"--output: expected a name that ends in {SUFFIXES[options.to]}, got {options.output.name}")
     return options

@@ -12,6 +12,7 @@ Source: scripts/docker/ray/sagemaker_entrypoint.sh and sagemaker_serve.py of aws
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 
 import vmap_ensemble
 from vmap_ensemble.archive.unpack import unpacked
+from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
 from vmap_ensemble.process.files import written_whole
 
@@ -38,6 +40,8 @@ def app(args):
 # Beside what the images hold: torch, torchvision, Pillow, NumPy, PyYAML, transformers, and Ray with FastAPI.
 REQUIREMENTS = ("safetensors>=0.5", "psutil>=5.9.6", "rich>=13")
 EXPLANATIONS = "captum>=0.8"
+# Of a deployment of Ray's.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Weights hardly get smaller, whatever the effort.
 EFFORT = 1
 
@@ -71,8 +75,10 @@ def write_model(archive: Path, target: Path, deployment: Deployment) -> int:
         Bytes of the file.
 
     Raises:
-        EnsembleError: It is no archive.
+        EnsembleError: It is no archive, or its name can't be a deployment's.
     """
+    if not NAME.fullmatch(deployment.name):
+        raise EnsembleError(f"{archive.name}: expected a name of letters, digits, '_', '.' and '-', as Ray's are")
     package = Path(vmap_ensemble.__file__).parent
     with unpacked(archive) as folder, written_whole(target) as scratch:
         explains = (folder / PRETRAINED_FOLDER).is_dir()

@@ -67,6 +67,12 @@ def test_refusals(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         export(archive, tmp_path / "model.zip")
     assert "expected a name that ends in .tar.gz, got model.zip" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export(archive, target, "--cpus", "0")
+    assert "--cpus: expected 1 or more, got 0" in capsys.readouterr().err
+    assert export(archive.rename(tmp_path / "two words"), target) == 1
+    assert "two words: expected a name of letters" in capsys.readouterr().err
+    archive = (tmp_path / "two words").rename(archive)
     target.write_bytes(b"old")
     assert export(archive, target) == 1
     assert capsys.readouterr().err == "export: model.tar.gz: exists; --force replaces it\n"
