@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from ts.context import Context, RequestProcessor
 
 from mnist_handler import MnistHandler
 from vmap_ensemble.archive.manifest import Manifest, hash_file
@@ -80,15 +79,17 @@ def seeded(build, seed):
 
 
 def real_context(folder, metrics=None, config=None):
-    """TorchServe's own context of a worker that has unpacked an archive."""
-    return Context("ens", str(folder), {}, 8, None, "0.12", metrics=metrics, model_yaml_config=config or {})
+    """TorchServe's own context of a worker that has unpacked an archive; TorchServe ends with Python 3.12."""
+    ts = pytest.importorskip("ts.context")
+    return ts.Context("ens", str(folder), {}, 8, None, "0.12", metrics=metrics, model_yaml_config=config or {})
 
 
 def send(handler, rows, headers=None):
     """Hand a batch to a handler as TorchServe does; [(status, JSON)]."""
+    ts = pytest.importorskip("ts.context")
     context = handler.context
     headers = headers or [{} for _ in rows]
-    context.request_processor = [RequestProcessor(dict(h)) for h in headers]
+    context.request_processor = [ts.RequestProcessor(dict(h)) for h in headers]
     context.request_ids = {i: f"id{i}" for i in range(len(rows))}
     texts = handler.handle(rows, context)
     for text in texts:

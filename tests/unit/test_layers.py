@@ -45,10 +45,11 @@ ARCHIVER_ROOMS = ("checking", "packing", "members", "texts", "blocks")
 # Who alone may import what: prefix of the module -> libraries.
 ALONE = {
     "ts": ("vmap_ensemble.frontends.torchserve",),
-    "ray": ("vmap_ensemble.frontends.ray_serve",),
+    "ray": ("vmap_ensemble.frontends.ray_serve", "vmap_ensemble.offline.on_ray"),
+    "kserve": ("vmap_ensemble.frontends.kserve",),
     "transformers": ("vmap_ensemble.encoders", "vmap_ensemble.models.transformers", "vmap_ensemble.tasks.text"),
     "httpx": ("vmap_ensemble.client",),
-    "grpc": ("vmap_ensemble.client",),
+    "grpc": ("vmap_ensemble.client", "vmap_ensemble.frontends.kserve"),
     "captum": ("vmap_ensemble.tasks.text.explanations",),
     "pydantic": (
         *("vmap_ensemble.archive", "vmap_ensemble.client.bodies"),
@@ -170,7 +171,7 @@ def test_no_folder_is_a_heap():
 
 BLOCKED = """
 import sys
-for name in ("ts", "ray", "captum", "transformers", "model_archiver"):
+for name in ("ts", "ray", "kserve", "captum", "transformers", "model_archiver"):
     sys.modules[name] = None  # an import of it fails
 import torch
 from vmap_ensemble import Ensemble

@@ -6,6 +6,9 @@ import shutil
 import pytest
 import torch
 from torch._inductor import cpp_builder, exc
+
+pytest.importorskip("ts")
+
 from ts.context import Context, RequestProcessor
 
 from tests.archive.conftest import HANDLER, MODEL, Project, tiny_state

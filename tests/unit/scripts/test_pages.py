@@ -29,6 +29,7 @@ REASONS = (
     "a running production server",
     "a Java development kit",
     "members of your own",
+    "a cluster",
 )
 # Page -> part of a block -> the test that runs it. An empty part stands for all blocks of the page.
 RUN_BY: dict[str, dict[str, str]] = {
@@ -74,10 +75,18 @@ RUN_BY: dict[str, dict[str, str]] = {
         "tests/unit/optimise/test_prune.py::test_the_commands_of_the_page_run_as_written",
     ),
     "docs/export.md": {"": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written"},
+    "docs/kserve.md": {"curl": "tests/server/test_kserve.py::test_the_lines_of_the_page_are_answered"},
     "docs/library.md": {"": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written"},
     "docs/offline.md": {
         "predict_many": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written",
         "vmap-ensemble predict": "tests/archive/test_library_page.py::test_the_command_for_a_folder_runs_as_written",
+    },
+    "docs/moving.md": {
+        ":8000/predictions": "tests/server/test_ray_serve.py::test_the_lines_of_the_page_are_answered",
+        ":8080/predictions": "tests/server/test_kserve.py::test_the_lines_of_the_page_are_answered",
+        "export": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written",
+        "litserve": "tests/server/test_litserve.py::served",
+        "predict model_store": "tests/archive/test_library_page.py::test_the_command_for_a_folder_runs_as_written",
     },
     "docs/own_handler.md": {"": "tests/unit/frontends/torchserve/test_own_handler.py::space"},
     "docs/versions.md": {"curl": "tests/server/test_versions.py::test_update_and_roll_back_lose_nothing"},
@@ -85,7 +94,7 @@ RUN_BY: dict[str, dict[str, str]] = {
 SHELL = re.compile(
     r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|\w+=\$\()|"
     r"(\$ )?(python|pip|curl|torchserve|torch-model-archiver|vmap-ensemble)\b|"
-    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|ray|serve (run|deploy|status))\b"
+    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|ray|serve (run|deploy|status))\b"
 )
 PYTHON = re.compile(r"(from [\w.]+ import |import \w|with \w+\(|@\w+)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)

@@ -11,10 +11,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from vmap_ensemble.errors import RequestError, where
-from vmap_ensemble.serving.batch import Asks, Reply, refusal
+from vmap_ensemble.serving.batch import Asks, Incoming, Record, Reply, refusal
+from vmap_ensemble.serving.multipart import read_fields
+from vmap_ensemble.serving.statuses import reason_of
 
 logger = logging.getLogger(__name__)
 
+# Of a request's body: TorchServe's limit in the default configuration here, config/config.properties.
+MOST_BYTES = 32 * 1024 * 1024
 ROUTES: dict[str, Asks] = {"predictions": "predict", "explanations": "explain"}
 # `curl -T` puts.
 METHODS = ("POST", "PUT")
@@ -36,10 +40,25 @@ class Taken:
 
 
 Ask = Callable[[Taken], Awaitable[Reply]]
+Route = Callable[[Mapping[str, Any]], tuple[Asks, str]]
+
+
+def open_taken(taken: Taken, record: Record) -> Incoming | Reply:
+    """A request with its body read; or the reply that says why it can't be.
+
+    Args:
+        taken: What came through a door.
+        record: Told of a refusal, as `answer_batch` tells it.
+    """
+    try:
+        return Incoming(*read_fields(taken.body, taken.headers), taken.asks)
+    except RequestError as error:
+        record("EnsembleRefusedRequests", 1, str(error.status), reason_of(error.status))
+        return refusal(error.status, error.message)
 
 
 class Door:
-    """Answers /predictions/NAME and /explanations/NAME, and refuses what is no request of a model.
+    """Answers requests of models, and refuses what is none. As an endpoint: /predictions/NAME and /explanations/NAME.
 
     Args:
         models: Name -> who answers for it.
@@ -50,9 +69,17 @@ class Door:
         self._models, self._most_bytes = models, most_bytes
 
     async def __call__(self, request: Request) -> Response:
-        """One request, one response; each refusal has the same JSON."""
+        """One request, one response."""
+        return await self._respond(request, _route)
+
+    async def take(self, request: Request, asks: Asks, name: str) -> Response:
+        """A request that came by another address, of which it is known what it asks of which model."""
+        return await self._respond(request, lambda _scope: (asks, name))
+
+    async def _respond(self, request: Request, route: Route) -> Response:
+        """Each refusal has the same JSON."""
         try:
-            reply = await self._answer(request)
+            reply = await self._answer(request, *route(request.scope))
         except RequestError as error:
             reply = refusal(error.status, error.message)
         except ClientDisconnect:
@@ -63,8 +90,7 @@ class Door:
         headers = {"Allow": ", ".join(METHODS)} if reply.status == 405 else None
         return Response(reply.text, reply.status, headers, media_type="application/json")
 
-    async def _answer(self, request: Request) -> Reply:
-        asks, name = _route(request.scope)
+    async def _answer(self, request: Request, asks: Asks, name: str) -> Reply:
         if name not in self._models:
             raise RequestError(404, "no model of this name is served here")
         if request.method not in METHODS:
@@ -88,10 +114,14 @@ class Door:
         raise RequestError(413, f"the body is larger than {self._most_bytes} bytes")
 
 
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request below where the application stands."""
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+
+
 def _route(scope: Mapping[str, Any]) -> tuple[Asks, str]:
     """What a path asks, and of which model."""
-    path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
-    kind, _, name = path.removeprefix("/").partition("/")
+    kind, _, name = path_of(scope).removeprefix("/").partition("/")
     if kind not in ROUTES or not name:
         raise RequestError(404, f"no such address; expected {' or '.join(f'/{route}/NAME' for route in ROUTES)}")
     return ROUTES[kind], name
