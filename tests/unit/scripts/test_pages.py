@@ -54,6 +54,9 @@ RUN_BY: dict[str, dict[str, str]] = {
         "health https": "tests/server/test_deployment_page.py::test_health_is_asked_with_a_key",
         "health http:": "tests/server/test_probes.py::test_the_line_of_the_page_is_healthy",
     },
+    "docs/proxy.md": dict.fromkeys(
+        ("install -D", "openssl rand", "curl"), "tests/server/deploy/test_nginx.py::test_the_page_as_written"
+    ),
     "docs/monitoring.md": {"curl": "tests/server/test_probes.py::test_the_line_of_the_page_gives_metrics"},
     "docs/from_torchserve.md": {
         "torch-model-archiver": "tests/server/test_from_torchserve.py::images",
@@ -88,9 +91,9 @@ RUN_BY: dict[str, dict[str, str]] = {
     "docs/versions.md": {"curl": "tests/server/test_versions.py::test_update_and_roll_back_lose_nothing"},
 }
 SHELL = re.compile(
-    r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|\w+=\$\()|"
+    r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|etc=|\w+=\$\()|"
     r"(\$ )?(python|pip|curl|torchserve|torch-model-archiver|vmap-ensemble)\b|"
-    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|ray|serve (run|deploy|status))\b"
+    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|nginx|install|umask|ray|serve (run|deploy|status))\b"
 )
 PYTHON = re.compile(r"(from [\w.]+ import |import \w|with \w+\(|@\w+)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
