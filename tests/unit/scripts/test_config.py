@@ -16,6 +16,7 @@ OWN_DIMENSIONS = {
     "EnsembleAbstentions": ("counter", []),
     "EnsembleMemberAnswers": ("counter", ["Member"]),
     "EnsembleNonFiniteMembers": ("counter", ["Member"]),
+    "EnsembleDissentingMembers": ("counter", ["Member"]),
     "EnsembleFallbacks": ("counter", ["Reason"]),
     "EnsembleParseTime": ("histogram", []),
     "EnsembleForwardTime": ("histogram", []),
