@@ -93,7 +93,8 @@ RUN_BY: dict[str, dict[str, str]] = {
 SHELL = re.compile(
     r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|etc=|\w+=\$\()|"
     r"(\$ )?(python|pip|curl|torchserve|torch-model-archiver|vmap-ensemble)\b|"
-    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|nginx|install|umask|ray|serve (run|deploy|status))\b"
+    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|nginx|prometheus|install|umask)\b|"
+    r"(\$ )?(ray|serve (run|deploy|status))\b"
 )
 PYTHON = re.compile(r"(from [\w.]+ import |import \w|with \w+\(|@\w+)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
@@ -290,9 +291,15 @@ def test_metrics_of_the_page_are_declared_and_all_are_there() -> None:
     declared = yaml.safe_load(read("config/metrics.yaml"))
     names = {row["name"] for rows in declared["model_metrics"].values() for row in rows}
     own = {name for name in names if name.startswith("Ensemble")}
+    alerts = yaml.safe_load(read("deploy/prometheus/alerts.yml"))["groups"][1]["rules"]
+    assert re.findall(r"^\| `(Ensemble\w+)` \|", page.partition("## Worth an alarm")[2], re.M) == [
+        rule["alert"] for rule in alerts
+    ]
     assert set(re.findall(r"`(Ensemble\w+)`", page.partition("## Prometheus")[0])) == own
     histograms = {row["name"] for row in declared["model_metrics"]["histogram"]}
-    for name, part in re.findall(r"(Ensemble[A-Za-z]+)(_sum|_count)?", page.partition("## Worth a panel")[2]):
+    for name, part in re.findall(
+        r"(Ensemble[A-Za-z]+)(_sum|_count)?", page.partition("## Worth a panel")[2].partition("##")[0]
+    ):
         assert name in own, name
         assert not part or name in histograms, name
     theirs = {row["name"] for row in declared["ts_metrics"]["counter"]}
