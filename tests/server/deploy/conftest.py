@@ -27,22 +27,6 @@ def handle(data, context):
 '''
 
 
-# Rows of its batches depend on each other, so that they are run alone: a way that is slower than was meant.
-NEIGHBOURS = """\
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(784, 10)
-
-    def forward(self, x):
-        y = self.linear(x.flatten(1))
-        return y + y.mean(0)
-"""
-
-
 def write_members(folder: Path) -> list[str]:
     """Three members; the last one gives no finite numbers."""
     paths = []
@@ -56,13 +40,18 @@ def write_members(folder: Path) -> list[str]:
     return paths
 
 
+def build_archive(folder: Path) -> Path:
+    """mnist_ens.mar in the folder: answers slowly, abstains always, and one member is left out."""
+    model = str(Path(__file__).with_name("linear_model.py"))
+    settings = ["execution=eager", "architecture=model.py:Net", "abstain_below_probability=0.99"]
+    command = ["mnist_ens", "--members", *write_members(folder), "--model-file", model, "--output", str(folder)]
+    assert archive([*command, "--no-check", "--allow-nan", "--set", *settings]) == 0
+    return folder / "mnist_ens.mar"
+
+
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     folder = tmp_path_factory.mktemp("deployed")
-    (folder / "model.py").write_text(NEIGHBOURS)
-    settings = ["execution=eager", "architecture=model.py:Net", "abstain_below_probability=0.99"]
-    command = ["mnist_ens", "--members", *write_members(folder), "--model-file", str(folder / "model.py")]
-    assert archive([*command, "--output", str(folder), "--no-check", "--allow-nan", "--set", *settings]) == 0
-    archives = {"ens": folder / "mnist_ens.mar", "echo": write_archive(folder, "echo", ECHO_HANDLER)}
+    archives = {"ens": build_archive(folder), "echo": write_archive(folder, "echo", ECHO_HANDLER)}
     with TorchServe(archives) as running:
         yield running

@@ -29,6 +29,7 @@ REASONS = (
     "a running production server",
     "a Java development kit",
     "members of your own",
+    "a Docker daemon",
     "a cluster",
 )
 # Page -> part of a block -> the test that runs it. An empty part stands for all blocks of the page.
