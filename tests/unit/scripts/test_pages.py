@@ -46,6 +46,7 @@ RUN_BY: dict[str, dict[str, str]] = {
         "GrpcClient": "tests/server/test_serving.py::test_the_clients_of_the_package",
         "vmap_ensemble.client": "tests/unit/client/test_clients.py::test_the_blocks_of_the_page_run",
     },
+    "docs/demo.md": {"vmap-ensemble demo": "tests/server/test_demo_page.py::launch"},
     "docs/deployment.md": {
         "openssl": "tests/server/test_deployment_page.py::running",
         "export TEMP": "tests/server/test_deployment_page.py::running",
