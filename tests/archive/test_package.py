@@ -40,7 +40,7 @@ PARTS = (
     *("handlers", "archiver", "optimise", "quality", "fastertransformer"),
     *("benchmarks", "training", "tests", "scripts", "data"),
 )
-SOURCES = (".py", ".cpp", ".h", ".typed")
+SOURCES = (".py", ".cpp", ".h", ".typed", ".html", ".css", ".js")
 # A line of a .pth that begins with `import` is run as soon as site-packages are found, before any module of ours.
 BLOCK = 'import sys; sys.modules.update(dict.fromkeys(("ts", "ray", "captum", "transformers", "model_archiver")))'
 

@@ -47,6 +47,8 @@ ALONE = {
     "ts": ("vmap_ensemble.frontends.torchserve",),
     "ray": ("vmap_ensemble.frontends.ray_serve", "vmap_ensemble.offline.on_ray"),
     "kserve": ("vmap_ensemble.frontends.kserve",),
+    "starlette": ("vmap_ensemble.frontends",),
+    "uvicorn": ("vmap_ensemble.frontends.demo",),
     "transformers": ("vmap_ensemble.encoders", "vmap_ensemble.models.transformers", "vmap_ensemble.tasks.text"),
     "httpx": ("vmap_ensemble.client",),
     "grpc": ("vmap_ensemble.client", "vmap_ensemble.frontends.kserve"),

@@ -13,6 +13,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "EnsembleAbstentions": ("COUNTER", "count", ()),
     "EnsembleMemberAnswers": ("COUNTER", "count", ("Member",)),
     "EnsembleNonFiniteMembers": ("COUNTER", "count", ("Member",)),
+    "EnsembleDissentingMembers": ("COUNTER", "count", ("Member",)),
     "EnsembleFallbacks": ("COUNTER", "count", ("Reason",)),
 }
 COMMON_LABELS = ("ModelVersion", "ModelName", "Level")

@@ -29,6 +29,7 @@ REASONS = (
     "a running production server",
     "a Java development kit",
     "members of your own",
+    "a Docker daemon",
     "a cluster",
 )
 # Page -> part of a block -> the test that runs it. An empty part stands for all blocks of the page.
@@ -45,6 +46,7 @@ RUN_BY: dict[str, dict[str, str]] = {
         "GrpcClient": "tests/server/test_serving.py::test_the_clients_of_the_package",
         "vmap_ensemble.client": "tests/unit/client/test_clients.py::test_the_blocks_of_the_page_run",
     },
+    "docs/demo.md": {"vmap-ensemble demo": "tests/server/test_demo_page.py::launch"},
     "docs/deployment.md": {
         "openssl": "tests/server/test_deployment_page.py::running",
         "export TEMP": "tests/server/test_deployment_page.py::running",
@@ -54,6 +56,9 @@ RUN_BY: dict[str, dict[str, str]] = {
         "health https": "tests/server/test_deployment_page.py::test_health_is_asked_with_a_key",
         "health http:": "tests/server/test_probes.py::test_the_line_of_the_page_is_healthy",
     },
+    "docs/proxy.md": dict.fromkeys(
+        ("install -D", "openssl rand", "curl"), "tests/server/deploy/test_nginx.py::test_the_page_as_written"
+    ),
     "docs/monitoring.md": {"curl": "tests/server/test_probes.py::test_the_line_of_the_page_gives_metrics"},
     "docs/from_torchserve.md": {
         "torch-model-archiver": "tests/server/test_from_torchserve.py::images",
@@ -92,9 +97,10 @@ RUN_BY: dict[str, dict[str, str]] = {
     "docs/versions.md": {"curl": "tests/server/test_versions.py::test_update_and_roll_back_lose_nothing"},
 }
 SHELL = re.compile(
-    r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|\w+=\$\()|"
+    r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|etc=|\w+=\$\()|"
     r"(\$ )?(python|pip|curl|torchserve|torch-model-archiver|vmap-ensemble)\b|"
-    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|ray|serve (run|deploy|status))\b"
+    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|nginx|prometheus|install|umask)\b|"
+    r"(\$ )?(ray|serve (run|deploy|status))\b"
 )
 PYTHON = re.compile(r"(from [\w.]+ import |import \w|with \w+\(|@\w+)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
@@ -291,9 +297,15 @@ def test_metrics_of_the_page_are_declared_and_all_are_there() -> None:
     declared = yaml.safe_load(read("config/metrics.yaml"))
     names = {row["name"] for rows in declared["model_metrics"].values() for row in rows}
     own = {name for name in names if name.startswith("Ensemble")}
+    alerts = yaml.safe_load(read("deploy/prometheus/alerts.yml"))["groups"][1]["rules"]
+    assert re.findall(r"^\| `(Ensemble\w+)` \|", page.partition("## Worth an alarm")[2], re.M) == [
+        rule["alert"] for rule in alerts
+    ]
     assert set(re.findall(r"`(Ensemble\w+)`", page.partition("## Prometheus")[0])) == own
     histograms = {row["name"] for row in declared["model_metrics"]["histogram"]}
-    for name, part in re.findall(r"(Ensemble[A-Za-z]+)(_sum|_count)?", page.partition("## Worth a panel")[2]):
+    for name, part in re.findall(
+        r"(Ensemble[A-Za-z]+)(_sum|_count)?", page.partition("## Worth a panel")[2].partition("##")[0]
+    ):
         assert name in own, name
         assert not part or name in histograms, name
     theirs = {row["name"] for row in declared["ts_metrics"]["counter"]}
