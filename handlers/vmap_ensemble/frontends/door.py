@@ -17,8 +17,6 @@ from vmap_ensemble.serving.statuses import reason_of
 
 logger = logging.getLogger(__name__)
 
-# Of a request's body: TorchServe's limit in the default configuration here, config/config.properties.
-MOST_BYTES = 32 * 1024 * 1024
 ROUTES: dict[str, Asks] = {"predictions": "predict", "explanations": "explain"}
 # `curl -T` puts.
 METHODS = ("POST", "PUT")

@@ -17,8 +17,9 @@ from starlette.routing import Route
 
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.frontends.demo.figures import REPLY, Figures
-from vmap_ensemble.frontends.door import METHODS, MOST_BYTES, ROUTES, Door, Taken, open_taken
+from vmap_ensemble.frontends.door import METHODS, ROUTES, Door, Taken, open_taken
 from vmap_ensemble.frontends.gathering import Gathering
+from vmap_ensemble.frontends.limits import MOST_BYTES
 from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch
 from vmap_ensemble.tasks.images.task import ImageTask
 from vmap_ensemble.tasks.task import Task

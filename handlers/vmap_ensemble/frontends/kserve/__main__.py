@@ -13,9 +13,7 @@ from kserve import model_server
 
 from vmap_ensemble.archive.settings import SETTINGS_FILE
 from vmap_ensemble.errors import LoadError
-from vmap_ensemble.frontends.door import MOST_BYTES
-from vmap_ensemble.frontends.kserve.model import EnsembleModel
-from vmap_ensemble.frontends.kserve.server import serve
+from vmap_ensemble.frontends.limits import MOST_BYTES
 from vmap_ensemble.process.outcome import exit_code
 
 
@@ -74,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from vmap_ensemble.frontends.kserve.model import EnsembleModel  # after the arguments: they import torch
+    from vmap_ensemble.frontends.kserve.server import serve
+
     found = find_archives(options.model_dir, options.model_name)
     models = [EnsembleModel(name, path, options.batch_size, options.settings) for name, path in found.items()]
     for model in models:

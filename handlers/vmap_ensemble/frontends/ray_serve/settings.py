@@ -9,7 +9,7 @@ from typing import Any
 
 from vmap_ensemble.archive.settings import NotNegative, PositiveInt, parse_settings
 from vmap_ensemble.errors import SettingsError
-from vmap_ensemble.frontends.door import MOST_BYTES
+from vmap_ensemble.frontends.limits import MOST_BYTES
 
 # As TorchServe's names; one slash parts a name from its version, so that /predictions/ens/2.0 is asked as there.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
