@@ -191,7 +191,11 @@ class Ensemble:
         if not args:
             run = ProvedAtFirst(forward)
             return cls(forward, Execution("eager", "no example was given to measure with", [], run), made)
-        options = ExecutionOptions(tolerance=checked.tolerance, budget_s=checked.execution_budget_s)
+        options = ExecutionOptions(
+            tolerance=checked.tolerance,
+            budget_s=checked.execution_budget_s,
+            float32_matmul_precision=checked.float32_matmul_precision,
+        )
         return cls(forward, build_execution(checked.execution, forward, [args], options), made)
 
     @classmethod

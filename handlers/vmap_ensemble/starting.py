@@ -73,6 +73,7 @@ def choose_execution(task: Task, forward: Forward, batch_sizes: Sequence[int]) -
         sample=task.collate(task.sample_examples(SAMPLE_BATCH)),
         packed=(lambda: CompiledForward(folder, forward.members, task.input_shape)) if folder and compiled else None,
         graph_folder=folder if onnx else None,
+        float32_matmul_precision=settings.float32_matmul_precision,
     )
     examples = [task.collate(task.sample_examples(size)) for size in sorted({1, *batch_sizes})]
     return build_execution(settings.execution, forward, examples, options)
