@@ -103,7 +103,8 @@ class Settings:
         description="How the one forward is run: `auto` measures at load and keeps the fastest that gives the same "
         "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
         "`compiled`, by `./archive.sh --compile` or else at load; `onnxruntime`, `openvino`, by `--onnx` or else so; "
-        "`cudagraph`; `reference`, the plain loop.",
+        "recorded on a GPU: `branches`, members side by side, `compiled_branches`, `cudagraph`, the vmapped forward, "
+        "`cudagraph_loop`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(
         AUTO_BUDGET_S,

@@ -169,7 +169,8 @@ def test_a_setting_is_checked_against_the_same_names():
         schema["enum"]
         == mode_names()
         == [
-            *("auto", "eager", "prepared", "compiled", "cudagraph"),
+            *("auto", "eager", "prepared", "compiled"),
+            *("branches", "compiled_branches", "cudagraph", "cudagraph_loop"),
             *("onnxruntime", "openvino", "reference"),
         ]
     )

@@ -78,9 +78,10 @@ class CudaRecorder:
                 work()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: threads that decode images into page-locked memory go on meanwhile.
+        # On a stream of its own: torch's own is of whichever device was the first one to record. thread_local: threads
+        # that decode images into page-locked memory go on meanwhile.
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
                 outputs = work()
         except Exception as error:  # whatever somebody's model may raise; CUDA then ends the recording with another
             if is_out_of_memory(error):
