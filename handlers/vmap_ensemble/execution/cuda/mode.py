@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.execution.cuda.branches import Branches, take_apart
 from vmap_ensemble.execution.cuda.graphs import BUCKETS, BatchRows, Recorded, find_bucket
@@ -35,15 +37,17 @@ def only_models(forward: Forward, _examples: Sequence[Args], _options: Execution
 @mode("cudagraph", what="the recorded forward", place=1, devices=CUDA)
 def build_vmap(forward: Forward, _examples: Sequence[Args], options: ExecutionOptions) -> Built:
     """Recorded at a bucket's first batch."""
-    recorder = CudaRecorder(forward.members.device)
-    return Built(_record(forward, options.buckets, recorder, forward.channels_last), forward.channels_last)
+    recorder, lay_out = CudaRecorder(forward.members.device), forward.static_forward
+    if lay_out is not None:
+        return Built(Recorded(lay_out(options.buckets), forward, recorder))
+    return Built(_record(forward, forward, options.buckets, recorder, forward.channels_last), forward.channels_last)
 
 
 @mode("cudagraph_loop", what="the recorded loop", place=2, devices=CUDA)
 def build_recorded_loop(forward: Forward, examples: Sequence[Args], options: ExecutionOptions) -> Built:
     """The strongest of the simple ways: nothing but launches is saved."""
     run = build_loop(forward, examples, options).run
-    return Built(_record(run, options.buckets, CudaRecorder(forward.members.device)))
+    return Built(_record(forward, run, options.buckets, CudaRecorder(forward.members.device)))
 
 
 @mode("branches", what="the recorded branches", place=0.5, devices=CUDA)
@@ -53,7 +57,7 @@ def build_branches(forward: Forward, examples: Sequence[Args], options: Executio
     def build(channels_last: bool) -> Run:
         recorder = CudaRecorder(forward.members.device)
         branches = Branches(take_apart(forward, channels_last), recorder)
-        return _record(branches, options.buckets, recorder, channels_last)
+        return _record(forward, branches, options.buckets, recorder, channels_last)
 
     return _in_faster_format(forward, build, examples[0], options.schedule)
 
@@ -63,24 +67,27 @@ def build_branches(forward: Forward, examples: Sequence[Args], options: Executio
 def build_compiled_branches(forward: Forward, examples: Sequence[Args], options: ExecutionOptions) -> Built:
     """As `branches`, compiled at load for the buckets of the examples: no request waits for a compiler.
 
-    A batch beyond them runs on branches that are neither compiled nor recorded.
+    A batch beyond them runs on branches that are neither compiled nor recorded. Two memory formats would take twice
+    the time to compile, so half precision takes the one that tensor cores want.
     """
     sizes = {find_bucket(options.buckets or BUCKETS, args[0].shape[0]) for args in examples}
     buckets = sorted(size for size in sizes if size is not None)
 
-    def build(channels_last: bool) -> Run:
-        recorder, members = CudaRecorder(forward.members.device), take_apart(forward, channels_last)
-        rows = BatchRows(Branches(members.compiled(), recorder), recorder.device, buckets, channels_last)
-        run = Recorded(rows, Branches(members, recorder), recorder)
-        for args in examples:
-            run(*args)
-        return run
-
-    return _in_faster_format(forward, build, examples[0], options.schedule)
+    channels_last = _has_convolutions(forward) and _is_half(forward)
+    recorder, members = CudaRecorder(forward.members.device), take_apart(forward, channels_last)
+    rows = BatchRows(Branches(members.compiled(), recorder), recorder.device, buckets, channels_last)
+    run = Recorded(rows, Branches(members, recorder), recorder)
+    for args in examples:
+        run(*args)
+    return Built(run, channels_last)
 
 
-def _record(run: Run, buckets: Sequence[int] | None, recorder: Recorder, channels_last: bool = False) -> Recorded:
-    """A run, recorded for each bucket of batch sizes."""
+def _record(
+    forward: Forward, run: Run, buckets: Sequence[int] | None, recorder: Recorder, channels_last: bool = False
+) -> Recorded:
+    """A run that takes the forward's arguments, recorded for each bucket of batches."""
+    if forward.static_batches is not None:
+        return Recorded(forward.static_batches(run, buckets), run, recorder)
     return Recorded(BatchRows(run, recorder.device, buckets, channels_last), run, recorder)
 
 
@@ -91,9 +98,20 @@ def _in_faster_format(
     if schedule is not None:
         known = bool(schedule["channels_last"])
         return Built(build(known), known, schedule)
-    plain = forward.one_vmap
-    formats = (False, True) if plain is not None and plain.has_convolutions else (False,)
-    built = {channels_last: build(channels_last) for channels_last in formats}
-    seconds = {last: time_block(run, example, 0.0) if len(built) > 1 else 0.0 for last, run in built.items()}
-    fastest = min(seconds, key=lambda last: seconds[last])
+    if not _has_convolutions(forward):
+        return Built(build(False), schedule={"channels_last": False})
+    built = {channels_last: build(channels_last) for channels_last in (False, True)}
+    seconds = {}
+    for channels_last, run in built.items():
+        run(*example)  # records
+        seconds[channels_last] = time_block(run, example, 0.0)
+    fastest = min(seconds, key=lambda channels_last: seconds[channels_last])
     return Built(built[fastest], fastest, {"channels_last": fastest})
+
+
+def _has_convolutions(forward: Forward) -> bool:
+    return forward.one_vmap is not None and forward.one_vmap.has_convolutions
+
+
+def _is_half(forward: Forward) -> bool:
+    return any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in forward.members.tensors())

@@ -78,8 +78,8 @@ class CudaRecorder:
                 work()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # On a stream of its own: torch's own is of whichever device was the first one to record. thread_local: threads
-        # that decode images into page-locked memory go on meanwhile.
+        # On a stream of its own: torch's own is of whichever device was the first one to record. thread_local:
+        # threads that decode images into page-locked memory go on meanwhile.
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
                 outputs = work()

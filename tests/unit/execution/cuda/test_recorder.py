@@ -1,4 +1,4 @@
-"""Which stream a work runs on, what waits for what, and what is told where nothing can be recorded, by a fake CUDA."""
+"""Which stream a work runs on, what waits for what, what is told where nothing can be recorded: by a fake CUDA."""
 
 from contextlib import contextmanager
 
