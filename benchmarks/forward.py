@@ -15,6 +15,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ class Cell:
         available = psutil.virtual_memory().available
         if self.device.type == "cpu" and needed > available:
             raise EnsembleError(f"needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} are free")
-        networks = [network.to(self.device, self.dtype) for network in build_members(self.network, self.members)]
+        with self.device if self.network.on_device else nullcontext():
+            built = build_members(self.network, self.members)
+        networks = [network.to(self.device, self.dtype) for network in built]
         torch.manual_seed(self.members)
         return networks, tuple(self._place(arg) for arg in self.network.make_args(self.batch))
 

@@ -18,6 +18,7 @@ from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code
 from vmap_ensemble.execution.compiled.packages import CompiledForward
+from vmap_ensemble.execution.cuda.recorder import CudaRecorder
 from vmap_ensemble.execution.modes import ExecutionOptions
 from vmap_ensemble.execution.onnx.graph import export_members
 from vmap_ensemble.execution.onnx.graph import reasons_against as no_graph
@@ -70,6 +71,25 @@ class Rivals:
             compiled(*self.args)
         return lambda: compiled(*self.args)
 
+    def loop_graph(self) -> Call:
+        """The eager loop recorded as one CUDA graph, on inputs that stay in place: only its kernels are left."""
+        self._want_gpu()
+        recording = CudaRecorder(self.args[0].device).record(self.loop())
+
+        def call() -> Tensor:
+            recording.replay()
+            return recording.outputs
+
+        return call
+
+    def loop_reduce_overhead(self) -> Call:
+        """`torch.compile` of the loop as one module, with CUDA graphs."""
+        self._want_gpu()
+        compiled = torch.compile(Unrolled(self.networks).eval(), mode="reduce-overhead", dynamic=False)
+        for _ in range(3):  # compiles, records, replays
+            compiled(*self.args)
+        return lambda: compiled(*self.args)
+
     def onnxruntime_per_member(self) -> Call:
         """One ONNX Runtime session per member."""
         sessions = [self._session([network], f"member{i}") for i, network in enumerate(self.networks)]
@@ -84,6 +104,10 @@ class Rivals:
 
     def _feed(self) -> dict[str, Any]:
         return {f"x{index}": tensor.numpy() for index, tensor in enumerate(self.args)}
+
+    def _want_gpu(self) -> None:
+        if not self.args[0].is_cuda:
+            raise EnsembleError("compared on a GPU only")
 
     def _refuse_gpu(self) -> None:
         if self.args[0].is_cuda:
@@ -155,6 +179,14 @@ class Rivals:
         """Mode `cudagraph`."""
         return self._ours("cudagraph")
 
+    def ours_branches(self) -> Call:
+        """Mode `branches`."""
+        return self._ours("branches")
+
+    def ours_compiled_branches(self) -> Call:
+        """Mode `compiled_branches`."""
+        return self._ours("compiled_branches")
+
     def ours_auto(self) -> Call:
         """Mode `auto`, what an archive serves by default."""
         return self._ours("auto")
@@ -180,6 +212,8 @@ class Rivals:
 RIVALS = (
     "loop",
     "loop_compiled",
+    "loop_graph",
+    "loop_reduce_overhead",
     "onnxruntime_per_member",
     "onnxruntime_one_graph",
     "openvino",
@@ -189,6 +223,8 @@ RIVALS = (
     "ours_compiled",
     "ours_ahead_of_time",
     "ours_cudagraph",
+    "ours_branches",
+    "ours_compiled_branches",
     "ours_auto",
     "ours_auto_onnx",
 )
