@@ -8,6 +8,7 @@ from tests.unit.encoders.test_packing import HEADS, build, make_batch
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import stack_members
 from vmap_ensemble.core.proof import prove_equal
+from vmap_ensemble.core.transfer import to_host
 from vmap_ensemble.encoders.build import build_encoder_forward
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.build import build_execution
@@ -84,3 +85,12 @@ def test_auto_serves_encoders():
     forward = on_gpu("sequence", torch.float16)
     run = build_execution("auto", forward, [make_batch([3, 20, 11])], ExecutionOptions(budget_s=5.0))
     assert run.name == "cudagraph"
+
+
+def test_answers_come_back_in_one_copy():
+    tensors = [torch.arange(6, device=GPU).reshape(2, 3), torch.rand(4, device=GPU), torch.tensor([True], device=GPU)]
+    with torch.profiler.profile() as profile:
+        moved = to_host(tensors)
+    for given, got in zip(tensors, moved, strict=True):
+        assert torch.equal(given.cpu(), got)
+    assert sum("Memcpy DtoH" in event.name for event in profile.events()) == 1

@@ -225,7 +225,7 @@ class PackedEncoderForward(EncoderForward):
         if kind not in POSITIONS:
             raise LoadError(f"padding of '{kind}' can't be removed; expected one of {', '.join(POSITIONS)}")
         self._prepare = prepare
-        self._count_positions = POSITIONS[kind]
+        self._positions = POSITIONS[kind]
         self._encoder = find_encoder(model)
         self._first_only = type(model).__name__ in _FIRST_TOKEN_HEADS
         model.set_attn_implementation(ATTENTION)
@@ -241,10 +241,14 @@ class PackedEncoderForward(EncoderForward):
         self, packing: Packing, input_ids: Tensor, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Ids, token types and position ids of the real tokens: (B, S) each -> (1, T)."""
-        positions = self._count_positions(input_ids, self.padding_id)
+        positions = self.count_positions(input_ids)
         ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
         types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
         return ids, types, places
+
+    def count_positions(self, input_ids: Tensor) -> Tensor:
+        """Position ids of padded ids, as the architecture counts them: (B, S) -> (B, S)."""
+        return self._positions(input_ids, self.padding_id)
 
     @property
     def longest(self) -> int:

@@ -8,7 +8,7 @@ transformer's idea (https://github.com/bytedance/effective_transformer).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,8 +76,7 @@ def pack(attention_mask: Tensor, device: torch.device | None = None) -> Packing:
     """
     mask = attention_mask.bool().cpu()
     lengths = mask.sum(1)
-    if not bool(lengths.all()):
-        raise UnreadableItem(f"text {int(lengths.argmin())} of the batch has no token; expected at least one")
+    check_lengths(lengths.tolist())
     order = lengths.argsort(stable=True)
     rows, columns = mask[order].nonzero(as_tuple=True)
     index = order[rows] * mask.shape[1] + columns
@@ -90,6 +89,16 @@ def pack(attention_mask: Tensor, device: torch.device | None = None) -> Packing:
     ends = F.pad(ordered.cumsum(0), (1, 0)).to(device)
     size = (mask.shape[0], mask.shape[1])
     return Packing(size, index.to(device), first.to(device), groups, ends=ends, limit=groups[-1].length)
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Refuse texts without tokens.
+
+    Raises:
+        ItemError: Names the first.
+    """
+    if 0 in lengths:
+        raise UnreadableItem(f"text {lengths.index(0)} of the batch has no token; expected at least one")
 
 
 def group_lengths(lengths: list[int]) -> tuple[Group, ...]:

@@ -10,7 +10,7 @@ from tests.unit.execution.cuda.fakes import FakeRecorder
 from vmap_ensemble.core.proof import prove_equal
 from vmap_ensemble.encoders.forward import PackedEncoderForward
 from vmap_ensemble.encoders.recorded import PackedTexts, PaddedTexts, round_up
-from vmap_ensemble.errors import LoadError
+from vmap_ensemble.errors import ItemError, LoadError
 from vmap_ensemble.execution import register
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.cuda import graphs, mode
@@ -24,8 +24,10 @@ def record(forward, buckets=None):
     return Recorded(forward.static_forward(buckets), forward, recorder), recorder
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [*(("bert", head) for head in HEADS), *((name, head) for name in CONFIGS for head in ("base", "token"))],
+)
 def test_recorded_equals_the_padded_loop(architecture, head):
     forward = build(architecture, head, 2)
     recorded, recorder = record(forward)
@@ -82,13 +84,18 @@ def test_there_are_eight_buckets_for_each_doubling():
 
 def test_the_filling_is_one_more_text_and_missing_texts_are_empty():
     forward = build("bert", "base", 1)
-    ids, mask = make_batch([7, 5, 6])  # 18 tokens in a bucket of 18; one more makes 20
-    laid = PackedTexts(forward, (4,))(ids, mask)
-    ids, mask = make_batch([7, 6, 6])
-    filled = PackedTexts(forward, (4,))(ids, mask)
-    ends = [batch._vector[-6:].tolist() for batch in (laid, filled)]
-    assert ends == [[0, 5, 11, 18, 18, 18], [0, 6, 12, 19, 19, 20]]
-    assert filled._vector[3 * 20 - 1].item() == filled.sizes.texts * filled.sizes.width
+    lay_out = PackedTexts(forward, (4,))
+    full, filled = (lay_out(*make_batch(lengths)).lay_out() for lengths in ([7, 5, 6], [7, 6, 6]))
+    assert full[-6:].tolist() == [0, 7, 12, 18, 18, 18]  # 18 tokens in a bucket of 18; one more makes 20
+    assert filled[-6:].tolist() == [0, 7, 13, 19, 19, 20]
+    ids, positions, places = filled[:60].reshape(3, 20).tolist()
+    assert [ids[-1], positions[6:8], places[6:8]] == [0, [6, 0], [6, 7]]
+    assert places[-1] == 4 * 7  # behind four texts of seven columns
+
+
+def test_a_text_without_tokens_is_refused():
+    with pytest.raises(ItemError, match="text 1 of the batch has no token; expected at least one"):
+        PackedTexts(build("bert", "base", 1), None)(torch.ones(2, 2), torch.tensor([[1, 1], [0, 0]]))
 
 
 def test_what_fills_a_bucket_changes_nothing():

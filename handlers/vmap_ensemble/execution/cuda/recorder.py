@@ -94,15 +94,16 @@ class CudaRecorder:
 
     def side_by_side(self, works: Sequence[Work]) -> list[Any]:
         """Work number i runs on stream i modulo their number; all are forked from and joined into the current one."""
-        current = torch.cuda.current_stream(self.device)
-        while len(self._streams) < min(self._most, len(works)):
+        current, count = torch.cuda.current_stream(self.device), min(self._most, len(works))
+        while len(self._streams) < count:
             self._streams.append(torch.cuda.Stream(self.device))
-        for stream in self._streams:
+        streams = self._streams[:count]
+        for stream in streams:
             stream.wait_stream(current)
         results = []
         for number, work in enumerate(works):
-            with torch.cuda.stream(self._streams[number % len(self._streams)]):
+            with torch.cuda.stream(streams[number % count]):
                 results.append(work())
-        for stream in self._streams:
+        for stream in streams:
             current.wait_stream(stream)
         return results
