@@ -7,6 +7,7 @@ the bucket is cut off the outputs. How that is done for one batch is a `Laid`; `
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.utils import _pytree as pytree
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.cuda.recorder import Recorder, Recording
 from vmap_ensemble.execution.timing import Run
+
+logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MAX_GRAPHS = 32
@@ -57,28 +60,47 @@ class Recorded:
         recorder: Of the members' device.
 
     Note:
-        Each recording keeps its own inputs and outputs; the one that was used least recently goes first.
+        Each recording keeps its own inputs and outputs; the one that was used least recently goes first. Where the
+        first bucket can't be recorded that is an error; a later one then runs without, which is logged once.
+
+    Attributes:
+        refused: Buckets that can't be recorded.
     """
 
     def __init__(self, lay_out: LayOut, plain: Run, recorder: Recorder) -> None:
         self.lay_out, self.plain, self.recorder = lay_out, plain, recorder
+        self.refused: set[Hashable] = set()
         self._kept: OrderedDict[Hashable, tuple[Inputs, Recording]] = OrderedDict()
 
     @torch.inference_mode()
     def __call__(self, *args: Any) -> Any:
         """Run a batch: arguments and outputs as the plain forward's."""
         laid = self.lay_out(*args)
-        if laid is None:
+        kept = None if laid is None else self._find(laid)
+        if laid is None or kept is None:
             return self.plain(*args)
-        if laid.key not in self._kept:
-            self._kept[laid.key] = self._record(laid)
-            if len(self._kept) > MAX_GRAPHS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(laid.key)
-        inputs, recording = self._kept[laid.key]
+        inputs, recording = kept
         laid.fill(inputs)
         recording.replay()
         return laid.cut(recording.outputs)
+
+    def _find(self, laid: Laid) -> tuple[Inputs, Recording] | None:
+        """The recording of a batch's bucket, made where there is none yet; None if it can't be."""
+        if laid.key in self.refused:
+            return None
+        if laid.key not in self._kept:
+            try:
+                self._kept[laid.key] = self._record(laid)
+            except LoadError as error:
+                if not self._kept:  # nothing has ever been recorded: whoever chose this mode wants to know
+                    raise
+                self.refused.add(laid.key)
+                logger.warning("batches of %s run without a recording: %s", laid.key, error)
+                return None
+            if len(self._kept) > MAX_GRAPHS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(laid.key)
+        return self._kept[laid.key]
 
     def _record(self, laid: Laid) -> tuple[Inputs, Recording]:
         inputs = laid.allocate()

@@ -53,6 +53,34 @@ def test_the_bucket_that_was_used_least_recently_goes(monkeypatch):
     assert recorder.recorded == 4  # 1, 2, 3 for 2, and 2 again
 
 
+class Refusing(FakeRecorder):
+    """Records as many works as it is told to."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def record(self, work):
+        if self.recorded == self.most:
+            raise LoadError("can't be recorded as a CUDA graph: not now")
+        return super().record(work)
+
+
+def test_a_later_bucket_that_can_not_be_recorded_runs_without_and_is_logged_once(caplog):
+    recorded = Recorded(BatchRows(run, CPU, (2, 4)), run, Refusing(1))
+    for batch in (2, 4, 3, 1):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(recorded(x)["y"], run(x)["y"], rtol=0, atol=0)
+    assert len(recorded.refused) == 1
+    (line,) = caplog.messages
+    assert line.endswith("run without a recording: can't be recorded as a CUDA graph: not now")
+
+
+def test_the_first_bucket_that_can_not_be_recorded_is_an_error():
+    with pytest.raises(LoadError, match="not now"):
+        Recorded(BatchRows(run, CPU, (2, 4)), run, Refusing(0))(torch.randn(2, 4))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_images_lie_as_the_forward_wants_them(channels_last):
     seen = []
