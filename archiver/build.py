@@ -74,7 +74,7 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     handler = load_handler(request.handler)
     where = f"setup_config.json, block '{request.name}'"
     check_block(request.settings, handler, where)
-    check_precision(request, parse_settings(request.settings, handler.settings_class, where))
+    check_precision(handler, request, parse_settings(request.settings, handler.settings_class, where))
     with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
         return _build(request, handler, Path(scratch), target, console, debug)
 

@@ -19,7 +19,6 @@ from vmap_ensemble.core.aggregate import ClassPrediction, combine_classes
 from vmap_ensemble.core.forward import as_one_vmap
 from vmap_ensemble.errors import ArchiveError, ItemError, LoadError
 from vmap_ensemble.execution.int8.calibration import calibrate
-from vmap_ensemble.execution.int8.forward import quantise_forward
 from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.starting import read_weights
 from vmap_ensemble.tasks.classification import kind_for, pick_outputs
@@ -54,13 +53,13 @@ def precision_name(settings: Any) -> str | None:
     return None if settings.dtype == "fp32" else str(settings.dtype)
 
 
-def check_precision(request: ArchiveRequest, settings: Any) -> None:
+def check_precision(handler: type[Task], request: ArchiveRequest, settings: Any) -> None:
     """Refuse, before any work, what can't be archived.
 
     Raises:
-        ArchiveError: int8 without samples, or samples that can't be found.
+        ArchiveError: int8 that is calibrated without samples, or samples that can't be found.
     """
-    if precision_name(settings) == "int8" and not request.samples:
+    if precision_name(settings) == "int8" and handler.calibrates and not request.samples:
         raise ArchiveError(
             f"'{request.name}': quantization int8 is calibrated on inputs like those that will be served; give some "
             "dozens with --samples FILES_OR_FOLDER, or in the key 'samples'"
@@ -96,12 +95,13 @@ def judge_precision(handler: type[Task], request: ArchiveRequest, stage: Path, s
     reference = task.make_forward(Phases())
     with torch.inference_mode():
         expected = _predict(task, reference.loop, batches, request.name)
-        ranges = calibrate(as_one_vmap(reference).model, reference.members, batches) if name == "int8" else {}
+        calibrates = name == "int8" and handler.calibrates
+        ranges = calibrate(as_one_vmap(reference).model, reference.members, batches) if calibrates else {}
     step(f"run {name}")
     precision = Precision(name, 0, 0, 0.0, reference.members.names if ranges else (), ranges)
     with torch.inference_mode():
         if name == "int8":
-            quantised = quantise_forward(as_one_vmap(reference), precision, batches[0])
+            quantised = task.quantise(reference, precision)
             got = _predict(task, quantised, batches, request.name)
         else:
             cast = open_task(handler, stage)

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from archiver import ROOT as REPOSITORY
+from bert_handler import BertEnsembleHandler
 from mnist_handler import MnistHandler
 from tests.archive.conftest import Project
+from tests.archive.test_text_archives import save_member
 from vmap_ensemble.archive.precision import read_precision
 from vmap_ensemble.errors import LoadError
+from vmap_ensemble.execution.cpu.kernel_library import load_library
 from vmap_ensemble.models.mnist import MnistNet
 
 DIGITS = REPOSITORY / "data" / "digits"
@@ -158,3 +161,25 @@ def test_int8_goes_with_float32_members_only(project, make_model, capsys, settin
     write_mnist(project, make_model, quantization="int8", samples=[str(DIGITS)], **settings)
     assert project.run("mnist") == 1
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.skipif(load_library() is None, reason="no kernel for this machine")
+def test_int8_of_texts_needs_no_samples_and_is_judged_on_those_given(project, make_context, ask, capsys) -> None:
+    for seed in range(2):
+        save_member(project.folder / f"runs/fold{seed}", seed, hidden_size=32, intermediate_size=64)
+    (project.folder / "cat.txt").write_text("a cat sat")
+    block = {"handler": "bert_handler.py", "members": ["runs"], "quantization": "int8"}
+    (project.folder / "setup_config.json").write_text(
+        json.dumps({"plain": block, "judged": {**block, "samples": ["cat.txt"]}})
+    )
+    assert project.run("plain", "judged") == 0
+    assert "int8 changes 0 of 1 predictions (0.00%)" in capsys.readouterr().out
+    for name, judged in (("plain", 0), ("judged", 1)):
+        folder = project.folder / f"out-{name}"
+        shutil.unpack_archive(project.store / f"{name}.mar", folder, "zip")
+        assert (read_precision(folder) is not None) == judged
+        handler = BertEnsembleHandler()
+        handler.initialize(make_context(folder))
+        assert handler.ensemble.execution.name == "int8"
+        ((status, answer),) = ask(handler, [{"body": b"a cat sat"}])
+        assert (status, answer["ensemble"]["size"]) == (200, 2)

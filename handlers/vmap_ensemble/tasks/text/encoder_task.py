@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import Settings
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import NotOffered, TooLargeItem
 from vmap_ensemble.tasks.answers import Options
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 class EncoderTask(TextTask):
     """Members written by save_pretrained; the mode says what is asked of the text."""
+
+    calibrates = False
 
     def __init__(self, settings: Settings, place: Place) -> None:
         self.settings, self.place = settings, place
@@ -48,6 +51,16 @@ class EncoderTask(TextTask):
         """Padded windows on the host: encoders' forwards find out there how long texts are, and move the tokens."""
         windows = [window for example in examples for window in example.windows]
         return tuple(pad_windows(windows, self.argument_names, self.pads))
+
+    def quantise(self, forward: Forward, precision: Precision | None) -> Forward:
+        """Weights rounded once, rows when they come: nothing is calibrated.
+
+        Raises:
+            LoadError: The kernel doesn't take the encoder's layers, or there is none for this CPU.
+        """
+        from vmap_ensemble.encoders.quantised import quantise_encoder  # here: it imports transformers
+
+        return quantise_encoder(forward, self.collate(self.sample_examples(1)))
 
     def _make_explainer(self, forward: Any) -> Explainer:
         from vmap_ensemble.tasks.text.explanations.explainer import make_explainer  # here: it imports transformers
