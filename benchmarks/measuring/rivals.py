@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring.measure import make_session
 from benchmarks.measuring.networks import Args, Network, device_of, parameter_bytes, states_of, to_tensor
+from vmap_ensemble.archive.modes import AUTO_BUDGET_S
 from vmap_ensemble.core.members import stack_members
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.build import build_execution
@@ -49,10 +50,19 @@ class Rivals:
         networks: the members.
         args: one batch.
         folder: scratch.
+        auto_s: seconds that mode `auto` may measure.
     """
 
-    def __init__(self, network: Network, networks: list[nn.Module], args: Args, folder: Path) -> None:
+    def __init__(
+        self,
+        network: Network,
+        networks: list[nn.Module],
+        args: Args,
+        folder: Path,
+        auto_s: float = AUTO_BUDGET_S,
+    ) -> None:
         self.network, self.networks, self.args, self.folder = network, networks, args, folder
+        self.auto_s = auto_s
         self.members = stack_members(states_of(networks), device=device_of(networks[0]), share=False)
         self.notes: dict[str, str] = {}
 
@@ -189,7 +199,7 @@ class Rivals:
 
     def ours_auto(self) -> Call:
         """Mode `auto`, what an archive serves by default."""
-        return self._ours("auto")
+        return self._ours("auto", options=ExecutionOptions(budget_s=self.auto_s))
 
     def ours_auto_onnx(self) -> Call:
         """Mode `auto` on an archive that `./archive.sh --onnx` has packed the members' graph into."""
