@@ -16,6 +16,13 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "predict": ("vmap_ensemble.offline.command", (), "answer a folder or a table: predict MAR INPUT --output FILE"),
     "export": ("optimise.export", (), "write all members as one file: export MAR --to onnx --output FILE"),
     "distil": ("optimise.distil.command", (), "N members into one network, or heads: distil MAR --data DIR"),
+    "prune": (
+        "optimise.prune.command",
+        (),
+        "cut the same channels from all members: prune MAR --data DIR",
+    ),
+    "quantise": ("optimise.quantise.command", (), "encoders in 8 bits: quantise MAR --samples DATA --output MAR"),
+    "demo": ("vmap_ensemble.frontends.demo.command", (), "a page on 127.0.0.1 to try an archive with: demo MAR"),
     "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 

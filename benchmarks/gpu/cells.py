@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.forward import Cell, compare_rivals, print_cell
 from benchmarks.gpu.settings import Setting
 from benchmarks.measuring.networks import NETWORKS, Network, encoder_network, image_network
 from benchmarks.measuring.roofline import Ceilings, add_roofline, measure_ceilings
+from benchmarks.runs.forward import Cell, compare_rivals, print_cell
 from vmap_ensemble.execution.timing import Budget
 from vmap_ensemble.process.device import DTYPES
 

@@ -72,7 +72,7 @@ def trained_network() -> Network:
         return copy.deepcopy(_train(torch.initial_seed()))
 
     def make_args(batch: int) -> Args:
-        from training.mnist_data import SAMPLE_DIR, load_digits, normalise  # here: see `_train`
+        from training.runs.mnist_data import SAMPLE_DIR, load_digits, normalise  # here: see `_train`
 
         return (normalise(load_digits(SAMPLE_DIR, "test").images[:batch]),)
 
@@ -82,8 +82,8 @@ def trained_network() -> Network:
 @functools.cache
 def _train(seed: int) -> nn.Module:
     # Here: reading digits imports settings, and so pydantic, which a machine with a GPU may lack.
-    from training.mnist import TrainingSettings, train_member
-    from training.mnist_data import SAMPLE_DIR, load_digits
+    from training.runs.mnist import TrainingSettings, train_member
+    from training.runs.mnist_data import SAMPLE_DIR, load_digits
 
     with torch.inference_mode(False), torch.enable_grad():
         digits = load_digits(SAMPLE_DIR, "train")

@@ -217,24 +217,3 @@ class Rivals:
         execution = build_execution(mode, forward, [self.args], options or ExecutionOptions())
         self.notes[name or f"ours_{mode}"] = f"{execution.name}: {execution.reason}"
         return lambda: to_tensor(execution(*self.args))
-
-
-RIVALS = (
-    "loop",
-    "loop_compiled",
-    "loop_graph",
-    "loop_reduce_overhead",
-    "onnxruntime_per_member",
-    "onnxruntime_one_graph",
-    "openvino",
-    "stock_vmap",
-    "ours_eager",
-    "ours_prepared",
-    "ours_compiled",
-    "ours_ahead_of_time",
-    "ours_cudagraph",
-    "ours_branches",
-    "ours_compiled_branches",
-    "ours_auto",
-    "ours_auto_onnx",
-)

@@ -157,6 +157,7 @@ class Ensemble:
         settings: Mapping[str, Any] | None = None,
         task: type[Task] = Task,
         device: str | None = None,
+        folder: Path | None = None,
     ) -> Ensemble:
         """Make one of state dicts in memory.
 
@@ -168,6 +169,7 @@ class Ensemble:
             settings: As in setup_config.json.
             task: What becomes of items and outputs; by default tensors are classified.
             device: Where the members go; the CPU by default.
+            folder: What the task reads beside members: labels, pretrained/ with config and tokenizer.
 
         Raises:
             MemberError: A state dict doesn't fit the model or the others.
@@ -185,10 +187,13 @@ class Ensemble:
         checked = parse_settings(block, task.settings_class, "settings")
         fitted = {name: fit_to_architecture(name, dict(state), model) for name, state in states.items()}
         manifest = Manifest(tuple(Member(name, "", "", "", 0) for name in states))
-        place = dataclasses.replace(make_place(checked, None, torch.get_num_threads(), None), manifest=manifest)
+        place = make_place(checked, None, torch.get_num_threads(), None)
+        place = dataclasses.replace(place, folder=folder, manifest=manifest)
         made = task(checked, place)
         members = dataclasses.replace(stack_members(fitted, place.device, place.dtype), members=manifest.members)
-        forward = made.join(copy.deepcopy(model).eval(), members)
+        forward: Forward = made.join(copy.deepcopy(model).eval(), members)
+        if getattr(checked, "quantization", None):
+            forward = made.quantise(forward, None if folder is None else read_precision(folder))
         args = tuple(_move(arg, place) for arg in args)
         if not args:
             run = ProvedAtFirst(forward)

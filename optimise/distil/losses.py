@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-UNLABELLED = -1
+from optimise.examples.data import UNLABELLED
 
 
 def soften(log_probabilities: Tensor, temperature: float) -> Tensor:

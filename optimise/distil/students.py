@@ -1,54 +1,85 @@
 """Turns an architecture into a student: one network, or a head per member on one trunk.
 
-Both are called on (B, ...) and give (H, B, C), the raw outputs of H networks; both write state dicts of the archive's
-own architecture, so that nothing else has to know that there is a trunk: tensors that are the same in all members are
-stored once by ./archive.sh and computed once by the vmapped forward.
+Both are called on packed examples, (B, ...), and give (H, B, C), the raw outputs of H networks; both write states of
+the archive's own architecture, so that nothing else has to know that there is a trunk: tensors that are the same in
+all members are stored once by ./archive.sh and computed once by the vmapped forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
-from optimise.distil.errors import DistilError
+from optimise.errors import OptimiseError
+from optimise.examples.teacher import with_axis
 from vmap_ensemble.tasks.classification import pick_outputs
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-class OneStudent(nn.Module):
+# How a model is called on packed examples; `Teacher.call` is one.
+Call = Callable[[Callable[..., Any], Tensor], Any]
+
+
+def call_plainly(model: Callable[..., Any], batch: Tensor) -> Any:
+    """Of a model whose one argument the examples are."""
+    return model(batch)
+
+
+class Student(nn.Module):
+    """What is trained to say what an ensemble says: called on (B, ...), it gives (H, B, C).
+
+    Attributes:
+        learns_statistics: Whether batch normalisation follows the batches, as where the weights are drawn anew.
+        model: The architecture of one member.
+    """
+
+    learns_statistics: bool
+    model: nn.Module
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """Name of the member -> its state dict."""
+        raise NotImplementedError
+
+
+class OneStudent(Student):
     """A single network.
 
     Args:
         model: With the weights that it starts from.
         name: Of the only member that it becomes.
         classes: Width of the output, where the model gives several tensors.
-        learns_statistics: Whether batch normalisation follows the batches, as where the weights are drawn anew.
+        learns_statistics: Whether batch normalisation follows the batches.
+        call: How the model is called.
     """
 
     def __init__(
-        self, model: nn.Module, name: str, classes: int | None = None, learns_statistics: bool = False
+        self,
+        model: nn.Module,
+        name: str,
+        classes: int | None = None,
+        learns_statistics: bool = False,
+        call: Call = call_plainly,
     ) -> None:
         super().__init__()
-        self.learns_statistics = learns_statistics
+        self.learns_statistics, self.call = learns_statistics, call
         self.model, self.name, self.classes = model.requires_grad_(True), name, classes
 
     def forward(self, batch: Tensor) -> Tensor:
         """(B, ...) -> (1, B, C)."""
-        return pick_outputs(with_axis(self.model(batch)), self.classes)
+        return pick_outputs(with_axis(self.call(self.model, batch)), self.classes)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """Name of the member -> its state dict."""
         return {self.name: {key: tensor.detach() for key, tensor in self.model.state_dict().items()}}
 
 
-class HeadsStudent(nn.Module):
+class HeadsStudent(Student):
     """A trunk and a head for each of M members; vmap runs the heads at once and the trunk a single time.
 
     Args:
@@ -56,18 +87,24 @@ class HeadsStudent(nn.Module):
         names: The members that the heads learn from.
         heads: Names of the modules that each member has of its own.
         classes: Width of the output, where the model gives several tensors.
+        call: How the model is called.
 
     Raises:
-        DistilError: The model has no such module, or nothing is left for the trunk.
+        OptimiseError: The model has no such module, or nothing is left for the trunk.
 
     Source: Tran et al., Hydra, https://arxiv.org/abs/2001.04694
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], heads: Sequence[str], classes: int | None = None
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        heads: Sequence[str],
+        classes: int | None = None,
+        call: Call = call_plainly,
     ) -> None:
         super().__init__()
-        self.learns_statistics = False  # a member's weights come with its own
+        self.learns_statistics, self.call = False, call  # a member's weights come with its own statistics
         self.model, self.names, self.classes = model.requires_grad_(True), tuple(names), classes
         self._parameter_keys = _keys_below(heads, dict(model.named_parameters()))
         self._buffer_keys = _keys_below(heads, dict(model.named_buffers()))
@@ -91,7 +128,7 @@ class HeadsStudent(nn.Module):
         return pick_outputs(outputs, self.classes)
 
     def _run(self, own: Mapping[str, Tensor], batch: Tensor) -> Any:
-        return functional_call(self.model, dict(own), (batch,))
+        return self.call(lambda *args, **keywords: functional_call(self.model, dict(own), args, keywords), batch)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """Name of the member -> its state dict; what belongs to the trunk is the same tensor in all."""
@@ -101,14 +138,6 @@ class HeadsStudent(nn.Module):
             name: {**trunk, **{key: getattr(self, _slot(key)).detach()[index] for key in keys}}
             for index, name in enumerate(self.names)
         }
-
-
-Student = OneStudent | HeadsStudent
-
-
-def with_axis(outputs: Any) -> Any:
-    """The outputs of one model as those of one member: an axis in front of each tensor."""
-    return pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, outputs)
 
 
 def train_mode(student: Student) -> Student:
@@ -125,11 +154,11 @@ def train_mode(student: Student) -> Student:
     return student
 
 
-def last_module(model: nn.Module, batch: Tensor) -> str:
+def last_module(model: nn.Module, batch: Tensor, call: Call = call_plainly) -> str:
     """The module with parameters of its own that a forward runs last: the classifier's layer.
 
     Raises:
-        DistilError: None has any.
+        OptimiseError: None has any.
     """
     ran: list[str] = []
     hooks = [
@@ -138,11 +167,11 @@ def last_module(model: nn.Module, batch: Tensor) -> str:
         if name and next(module.parameters(recurse=False), None) is not None
     ]
     with torch.no_grad():
-        model(batch)
+        call(model, batch)
     for hook in hooks:
         hook.remove()
     if not ran:
-        raise DistilError(f"{type(model).__name__}: no layer of it has parameters; name the heads with --head")
+        raise OptimiseError(f"{type(model).__name__}: no layer of it has parameters; name the heads with --head")
     return ran[-1]
 
 
@@ -150,16 +179,16 @@ def check_heads(model: nn.Module, heads: Sequence[str], keys: Sequence[str]) -> 
     """Refuse heads that aren't modules of the model, and those that leave nothing to share.
 
     Raises:
-        DistilError: Names the module, and those that there are.
+        OptimiseError: Names the module, and those that there are.
     """
     known = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
     for name in heads:
         if name not in known:
-            raise DistilError(
+            raise OptimiseError(
                 f"--head: {type(model).__name__} has no module '{name}'; it has {', '.join(known[-12:])}"
             )
     if not keys or len(keys) == len(dict(model.named_parameters())):
-        raise DistilError(f"--head: {', '.join(heads)}: expected a part of the parameters, got {len(keys)} tensors")
+        raise OptimiseError(f"--head: {', '.join(heads)}: expected a part of the parameters, got {len(keys)} tensors")
 
 
 def _keys_below(modules: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from optimise.distil.augment import CHANGED, change, seek_disagreement
-from optimise.distil.losses import UNLABELLED, joint_loss, soft_target_loss
+from optimise.distil.losses import joint_loss, soft_target_loss
 from optimise.distil.students import Student, train_mode
-from optimise.distil.teacher import Teacher, Told
+from optimise.examples.change import CHANGED, seek_disagreement
+from optimise.examples.data import UNLABELLED
+from optimise.examples.teacher import Teacher, Told
 from vmap_ensemble.core.aggregate import OutputKind, log_probabilities
 from vmap_ensemble.process.files import written_whole
 from vmap_ensemble.tasks.classification import kind_for
@@ -51,6 +53,28 @@ class Recipe:
     augment: str = "diverse"
     patience: int = 5
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, teacher: Teacher, label_weight: float, augment: str) -> Recipe:
+        """What a command line says.
+
+        Args:
+            options: Of a command that trains.
+            teacher: Encoders of texts learn at a tenth of the rate where none is given.
+            label_weight: Where none is given.
+            augment: Where none is given.
+        """
+        return cls(
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.lr or (1e-4 if teacher.reads_texts else 1e-3),
+            weight_decay=options.weight_decay,
+            temperature=options.temperature,
+            label_weight=label_weight if options.label_weight is None else options.label_weight,
+            augment=options.augment or augment,
+            patience=options.patience,
+            seed=options.seed,
+        )
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step: a line up, then a cosine."""
@@ -169,7 +193,7 @@ class Training:
         count = int(len(batch) * CHANGED)
         if self.recipe.augment == "none" or not count:
             return batch, targets, labels
-        changed = change(batch)[:count]  # all of them: examples are mixed with one another
+        changed = self.teacher.inputs.change(batch)[:count]  # all of them: examples are mixed with one another
         if self.recipe.augment == "diverse":
             index = int(torch.randint(len(self.teacher.ensemble.names), ()))
             half = count // 2
@@ -182,6 +206,10 @@ class Training:
             torch.cat((asked, targets[:, count:]), 1),
             torch.cat((unlabelled, labels[count:])),
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"recipe": vars(self.recipe), "epochs": self.epoch, "held_out_loss": self.best}
 
     def say(self, batch: Tensor) -> Tensor:
         """(H, B, C) log-probabilities of the student."""
@@ -203,6 +231,8 @@ class Training:
 
     @torch.no_grad()
     def _find_kind(self) -> OutputKind:
+        if self.teacher.reads_texts:
+            return self.teacher.kind
         self.student.eval()
         return kind_for(
             self.teacher.settings, self.student(self.learn.batch(torch.arange(2)).to(self.teacher.device))

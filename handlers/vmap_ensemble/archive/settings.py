@@ -55,7 +55,9 @@ class Settings:
     name: str = Field("ens", description="Name of the archive; it heads the description.")
     handler: str = Field("", description="Handler file under handlers/.")
     architecture: str = Field(
-        "", description="`torchvision:resnet18`, `mnist`, or `model.py:ClassName` for a file of your own."
+        "",
+        description="`torchvision:resnet18`, `mnist`, `model.py:ClassName` for a file of your own, or `pruned.json`, "
+        "which `vmap-ensemble prune` writes.",
     )
     num_classes: PositiveInt | None = Field(
         None, description="Width of the last layer; read from the members when archiving."

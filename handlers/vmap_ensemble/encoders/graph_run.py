@@ -29,6 +29,8 @@ class GraphRun:
         pack_weight: (M, out, in) or (out, in) weights -> packed ones, one per member, or one in all.
     """
 
+    what = "a graph, member by member"
+
     def __init__(self, lowered: LoweredModel, members: int, pack_weight: PackWeight) -> None:
         packed = pack_layers(lowered, pack_weight)
         values = {node: node.meta["val"] for node in lowered.nodes()}

@@ -31,6 +31,8 @@ class NativeRun:
         int8: Multiply in 8 bits; see `PackedLayers`.
     """
 
+    what = "all layers in one call"
+
     def __init__(
         self, lowered: LoweredModel, members: int, pack_weight: PackWeight, found: FoundLayers, *, int8: bool = False
     ) -> None:

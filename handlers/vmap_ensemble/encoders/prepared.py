@@ -75,6 +75,11 @@ class PreparedEncoder:
         leaves = self._run(graph_arguments(packing, attention_mask, rows), at_a_time)
         return self.forward.unpack_outputs(pytree.tree_unflatten(leaves, self._structure), packing)
 
+    @property
+    def what(self) -> str:
+        """In a few words, how the layers are run."""
+        return self._run.what
+
     def _draw(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         generator = torch.Generator().manual_seed(len(lengths))
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
@@ -107,7 +112,13 @@ class PreparedEncoder:
 
 
 class Run(Protocol):
-    """A traced encoder, ready to run."""
+    """A traced encoder, ready to run.
+
+    Attributes:
+        what: In a few words, how.
+    """
+
+    what: str
 
     def __call__(self, arguments: list[Tensor], at_a_time: int) -> list[Any]:
         """What `graph_arguments` gives, and members at a time -> the model's outputs, each (M, ...)."""

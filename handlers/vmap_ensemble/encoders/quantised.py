@@ -68,6 +68,13 @@ class QuantisedEncoderForward(PackedEncoderForward):
             return torch.func.functional_call(self.model, state, positional, named)
 
     @property
+    def size_bytes(self) -> int:
+        """What the members' tensors take: a byte per rounded weight, and a scale and a sum per output."""
+        tensors = {**self.members.shared, **self.members.stacked}
+        spared = sum(3 * tensors[key].numel() - 8 * tensors[key][..., 0].numel() for key in self._rounded_keys)
+        return self.members.size_bytes() - spared
+
+    @property
     def preparation(self) -> None:
         """None: `__call__` is prepared."""
         return None

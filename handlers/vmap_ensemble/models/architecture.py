@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.models.mnist import MnistNet
+from vmap_ensemble.models.pruned import is_pruned, narrow, read_pruned
 from vmap_ensemble.models.transformers import build_transformers
 
 TORCHVISION = "torchvision:"
@@ -92,7 +93,8 @@ def build_architecture(spec: str, num_classes: int | None = None, folder: Path |
         spec: `torchvision:resnet18` (any torchvision classification model), `mnist`,
             `torchvision:googlenet:transform_input` for members made from torchvision's weights (and inception_v3),
             `transformers:sequence_classification` (any mode; `folder`/pretrained/config.json says the rest),
-            `model.py` (a file in `folder` with one nn.Module class) or `model.py:ClassName`.
+            `model.py` (a file in `folder` with one nn.Module class) or `model.py:ClassName`, `pruned.json` (a file
+            there that says which of these, and how narrow its layers are).
         num_classes: Width of the last layer of a torchvision model; its default (1000) when None. Other
             architectures get it only if their constructor has a parameter of that name.
         folder: Where `model.py` or pretrained/ lies: the unpacked archive.
@@ -108,6 +110,9 @@ def build_architecture(spec: str, num_classes: int | None = None, folder: Path |
         out: a seed that it sets gives the same numbers only if everything is drawn. GoogLeNet and Inception come
         without the auxiliary heads, which evaluation never computes.
     """
+    if is_pruned(spec):
+        pruned = read_pruned(spec, folder)
+        return narrow(build_architecture(pruned.architecture, num_classes, folder), pruned.widths, spec)
     build = _builder(spec, folder)
     options: dict[str, Any] = {}
     parameters = inspect.signature(build).parameters
@@ -139,6 +144,9 @@ def _has_more_than_weights(model: nn.Module) -> bool:
 
 def build_plainly(spec: str, num_classes: int | None, folder: Path | None) -> nn.Module:
     """As `build_architecture`, everything drawn: a network to be trained, or compared with another construction."""
+    if is_pruned(spec):
+        pruned = read_pruned(spec, folder)
+        return narrow(build_plainly(pruned.architecture, num_classes, folder), pruned.widths, spec)
     build = _builder(spec, folder)
     takes = spec.startswith(TORCHVISION) or "num_classes" in inspect.signature(build).parameters
     return _construct(spec, build, {"num_classes": num_classes} if takes and num_classes is not None else {})

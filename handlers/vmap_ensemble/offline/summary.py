@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vmap_ensemble.offline.output import read_lines
+from vmap_ensemble.offline.page import bars, page, table
 
 # Edges of the bars of mutual information, in nats; more is more.
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -76,33 +76,10 @@ def write_summary(summary: Summary, path: Path) -> None:
     if path.suffix != ".html":
         path.write_text(json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return
-    rows = "".join(f"<tr><td>{html.escape(a)}<td>{html.escape(b)}" for a, b in summary.table())
     steps = [f"{low:g} to {high:g}" for low, high in pairwise(EDGES)] + [f"{EDGES[-1]:g} and more"]
     labels = list(summary.labels.items())[:MOST_LABELS]
-    plots = _bars("Labels", labels) if labels else ""
+    plots = [bars("Labels", labels)] if labels else []
     if any(summary.disagreement):
         counted = list(zip(steps, summary.disagreement, strict=True))
-        plots += _bars("Disagreement of the members: rows by mutual information, in nats", counted)
-    path.write_text(PAGE.format(rows=rows, plots=plots), encoding="utf-8")
-
-
-def _bars(title: str, counts: list[tuple[str, int]]) -> str:
-    """Bars as SVG, with their numbers: read without a script, in light and dark."""
-    most = max(count for _, count in counts) or 1
-    bars = "".join(
-        f'<text x="190" y="{y + 14}" text-anchor="end">{html.escape(name[:28])}</text>'
-        f'<rect x="200" y="{y + 2}" width="{400 * count / most:.1f}" height="16" />'
-        f'<text x="{206 + 400 * count / most:.1f}" y="{y + 14}">{count:,}</text>'
-        for y, (name, count) in zip(range(0, 22 * len(counts), 22), counts, strict=True)
-    )
-    head = f'<svg role="img" aria-label="{html.escape(title)}" viewBox="0 0 680 {22 * len(counts)}">'
-    return f"<h2>{html.escape(title)}</h2>{head}{bars}</svg>"
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Predictions</title>
-<meta name="viewport" content="width=device-width"><style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui; max-width: 45rem; margin: 2rem auto; padding: 0 1rem }}
-td {{ padding-right: 2rem }} svg {{ width: 100%; font-size: 13px; fill: currentColor }} rect {{ fill: #4477aa }}
-</style><h1>Predictions</h1><table>{rows}</table>{plots}</html>
-"""
+        plots.append(bars("Disagreement of the members: rows by mutual information, in nats", counted))
+    path.write_text(page("Predictions", table(summary.table()), *plots), encoding="utf-8")

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cells, correctness
 from benchmarks.gpu.settings import SETTINGS, Setting
 from benchmarks.measuring.measure import describe_machine
 from benchmarks.measuring.networks import Network, encoder_network, without_padding
-from benchmarks.measuring.rivals import RIVALS
 from benchmarks.measuring.roofline import Ceilings, count_work
+from benchmarks.options import RIVALS
 from benchmarks.reporting.names import name_network
 from benchmarks.reporting.results import read_results
+from benchmarks.runs import gpu as command
 from tests.unit.execution.cuda.fakes import FakeRecorder
 from vmap_ensemble.execution import register
 from vmap_ensemble.execution.cuda import mode

@@ -20,30 +20,20 @@ from torch import nn
 
 from archiver.__main__ import main as archive_command
 from archiver.command import main as command
-from archiver.pack import RESERVED_NAMES
-from optimise.distil import augment, judge, losses
+from archiver.packing.pack import RESERVED_NAMES
+from optimise.distil import losses
 from optimise.distil.command import main
-from optimise.distil.errors import DistilError
-from optimise.distil.report import ROWS, Column, Limits, as_markdown, reason_against
 from optimise.distil.students import HeadsStudent, OneStudent, last_module, train_mode
 from optimise.distil.train import Recipe, Training
-from optimise.distil.write import write_block
+from optimise.errors import OptimiseError
+from optimise.examples import change as augment
+from optimise.gate.report import ROWS, Column, Limits, as_markdown, reason_against
+from optimise.output.write import write_block
 from tests.conftest import write_archive
+from tests.unit.optimise.conftest import HANDLER, MODEL, NAMES, batch_of, draw, tiny
 from vmap_ensemble.ensemble import Ensemble
 
 ROOT = Path(__file__).resolve().parents[3]
-MODEL = """
-from torch import nn
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, stride=2)
-        self.norm = nn.BatchNorm2d(4)
-        self.drop = nn.Dropout(0.5)
-        self.fc = nn.Linear(36, 3)
-    def forward(self, x):
-        return self.fc(self.drop(self.norm(self.conv(x)).relu().flatten(1)))
-"""
 OTHERS = """
 class Small(nn.Module):
     inputs, classes = 64, 3
@@ -57,79 +47,6 @@ class Wrong(Small):
 class Wide(Small):
     classes = 4
 """
-HANDLER = """
-from vmap_ensemble.frontends.torchserve.handler import VmapEnsembleHandler
-from vmap_ensemble.tasks.images.batch_rows import PixelNormaliser
-from vmap_ensemble.tasks.images.task import ImageTask
-class TinyHandler(ImageTask, VmapEnsembleHandler):
-    mode, short_side, default_input_shape = "L", 8, (1, 8, 8)
-    def transform(self, image, row):
-        PixelNormaliser((0.5,), (0.5,)).write(image.resize((8, 8)), row)
-"""
-NAMES = ("bar", "blob", "dot")
-
-
-def draw(label: int, random: np.random.Generator) -> np.ndarray:
-    """An 8x8 picture of one of three kinds, noisy enough that members differ."""
-    image = random.normal(60, 45, (8, 8))
-    row, column = random.integers(0, 5, 2)
-    if label == 0:
-        image[row] += 120
-    elif label == 1:
-        image[row : row + 4, column : column + 4] += 90
-    else:
-        image[row, column] += 190
-    return image.clip(0, 255).astype(np.uint8)
-
-
-def batch_of(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    random = np.random.default_rng(seed)
-    labels = torch.arange(count) % 3
-    images = np.stack([draw(int(label), random) for label in labels])
-    return (torch.from_numpy(images).float()[:, None] / 255 - 0.5) / 0.5, labels
-
-
-def tiny() -> nn.Module:
-    space: dict = {"__name__": "tiny"}
-    exec(MODEL, space)
-    return space["Tiny"]()
-
-
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "ROUNDS", 3)
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three members that have learnt the three kinds a little, each from its own examples."""
-    states = {}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = tiny()
-        optimizer = torch.optim.Adam(model.parameters(), 0.02)
-        x, y = batch_of(240, seed)
-        for _ in range(30):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        states[f"m{seed}"] = model.eval().state_dict()
-    settings = {"handler": "tiny_handler.py", "architecture": "model.py:Tiny", "num_classes": 3}
-    folder = write_archive(tmp_path_factory.mktemp("distil") / "ens", states, settings)
-    (folder / "model.py").write_text(MODEL)
-    (folder / "tiny_handler.py").write_text(HANDLER)
-    (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(NAMES))))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(9)
-    for index in range(240):
-        own = folder / NAMES[index % 3]
-        own.mkdir(exist_ok=True)
-        Image.fromarray(draw(index % 3, random)).save(own / f"{index}.png")
-    return folder
 
 
 def distil(archive: Path, data: Path, output: Path, *more: str) -> int:
@@ -210,9 +127,9 @@ def test_training_drops_nothing_and_keeps_the_members_means() -> None:
 def test_the_last_layer_is_the_head_and_others_are_refused() -> None:
     model = tiny().eval()
     assert last_module(model, torch.zeros(2, 1, 8, 8)) == "fc"
-    with pytest.raises(DistilError, match="has no module 'head'; it has conv, norm, fc"):
+    with pytest.raises(OptimiseError, match="has no module 'head'; it has conv, norm, fc"):
         HeadsStudent(model, ("a", "b"), ["head"])
-    with pytest.raises(DistilError, match="expected a part of the parameters"):
+    with pytest.raises(OptimiseError, match="expected a part of the parameters"):
         HeadsStudent(model, ("a", "b"), ["conv", "norm", "fc"])
 
 
@@ -261,6 +178,10 @@ def test_one_student_reaches_its_teacher(archive: Path, photos: Path, tmp_path: 
     table = as_markdown(json.loads((output / "report.json").read_text())).splitlines()
     assert table[0] == "|  | mean member | ensemble | student |"
     assert {row.split("|")[1].strip() for row in table[2:]} <= set(ROWS)
+    page = (output / "report.html").read_text()
+    assert all(figure in page for figure in ("agreement with the ensemble", "Loss by epoch", "accepted"))
+    assert "script" not in page
+    assert len(page) < 50_000
     assert f"pack it: ./archive.sh ens_one --config {output / 'setup_config.json'}" in shown
     report = json.loads((output / "report.json").read_text())
     assert report["student"]["accuracy"] >= report["ensemble"]["accuracy"] - 0.05
@@ -354,7 +275,7 @@ def test_a_seed_decides_and_a_killed_run_goes_on(
 
 
 def test_the_ensemble_is_asked_once(archive: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    from optimise.distil import teacher
+    from optimise.examples import teacher
 
     assert distil(archive, photos, tmp_path / "s", "--augment", "none", "--epochs", "1") == 0
     monkeypatch.setattr(teacher, "_write", lambda *_args: pytest.fail("asked again"))
@@ -508,7 +429,7 @@ def test_what_can_not_be_distilled(archive: Path, photos: Path, tmp_path: Path, 
     (alone / "tiny_handler.py").write_text(own)
     assert distil(alone, photos, tmp_path / "s") == 1
     assert "TinyTask" in (error := capsys.readouterr().err) or "TinyHandler" in error
-    assert "can't be distilled yet" in error
+    assert "can't be learnt yet" in error
     assert distil(tmp_path / "none.mar", photos, tmp_path / "s") == 1
     assert "none.mar: no such archive" in capsys.readouterr().err
 
@@ -556,7 +477,7 @@ def test_an_output_of_something_else_is_not_continued(archive: Path, photos: Pat
     (mine / "letter.txt").write_text("keep")
     for more in ([], ["--anew"]):
         assert distil(archive, photos, mine, *more) == 1
-        assert "holds files that aren't of a run of distil" in capsys.readouterr().err
+        assert "holds files that aren't of a run of this tool" in capsys.readouterr().err
     assert [path.name for path in mine.iterdir()] == ["letter.txt"]
 
 
@@ -585,7 +506,7 @@ def test_the_commands_of_the_page_run_as_written(
 ) -> None:
     """On the tiny archive, under the names that the page has, and with no more than one epoch."""
     page = (ROOT / "docs" / "distil.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^ {4}(vmap-ensemble distil .*|\./archive\.sh .*)$", page, re.M)
+    lines = re.findall(r"^ {4}(vmap-ensemble distil model_store/mnist.*|\./archive\.sh .*)$", page, re.M)
     assert len([line for line in lines if line.startswith("vmap")]) >= 2
     monkeypatch.chdir(tmp_path)
     shutil.copytree(archive, tmp_path / "model_store" / "mnist_ens.mar")
@@ -618,4 +539,4 @@ def test_what_archive_sh_makes_of_the_teachers_members_stays_behind(archive: Pat
     )
     written = {path.name for path in (tmp_path / "student").iterdir()}
     assert "more.txt" in written
-    assert not written & (set(RESERVED_NAMES) - {"setup_config.json", "index_to_name.json"})
+    assert not written & (set(RESERVED_NAMES) - {"setup_config.json", "index_to_name.json", "pretrained"})

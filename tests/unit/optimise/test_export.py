@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def test_a_classifiers_file_gives_the_ensembles_numbers(method: str, store: Path
 def test_torch_exports_file_gives_the_same(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(store / "digits.mar"), "--to", "pt2", "--output", str(tmp_path / "digits.pt2")]) == 0
     assert "mutual_information" in capsys.readouterr().out
+    told = json.loads((tmp_path / "digits.report.json").read_text())
+    assert told["size_bytes"] == (tmp_path / "digits.pt2").stat().st_size
+    page = (tmp_path / "digits.report.html").read_text()
+    assert "digits.pt2: " in page
+    assert "<rect" in page
     ensemble = Ensemble.load(store / "digits.mar")
     x = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     outputs, probabilities, *_ = torch.export.load(tmp_path / "digits.pt2").module()(x)

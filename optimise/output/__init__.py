@@ -1,0 +1,1 @@
+"""The folder that a tool writes to, and what ./archive.sh packs of it."""
