@@ -33,12 +33,13 @@ def run_job(job: Job, slug: str) -> int:
     """Run one command in a process of its own; returns its exit code. A file that was there stays if it fails."""
     target = FOLDER / f"{job.name}-{slug}.json"
     fresh = target.with_suffix(".part")
-    command = [sys.executable, "-m", *job.arguments.split(), "--json", str(fresh)]
+    command = [sys.executable, "-m", *job.arguments.split()]
+    command += [] if job.writes_itself else ["--json", str(fresh)]
     started = time.perf_counter()
     print(f"\n=== {job.command}", flush=True)
     code = run_command(command)
     print(f"=== {job.name}: status {code} after {time.perf_counter() - started:.0f} s", flush=True)
-    if code == 0:
+    if code == 0 and not job.writes_itself:
         keep(fresh, target, job)
     fresh.unlink(missing_ok=True)
     return code

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.gpu.settings import SETTINGS
+
 
 @dataclass(frozen=True)
 class Job:
@@ -14,12 +16,16 @@ class Job:
         table: how the report shows it.
         arguments: of `python -m`.
         gpu: run where torch has CUDA, and named after the GPU.
+        writes_itself: into the folder that its arguments name, under the name that this file should have.
+        settings: what it measures, row by row, where a page says so before there is a result.
     """
 
     name: str
     table: str
     arguments: str
     gpu: bool = False
+    writes_itself: bool = False
+    settings: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -56,16 +62,11 @@ JOBS = (
         "benchmarks.serve --handlers resnet18 --members 1 2 8 16 --rivals separate ours --rate 0 --rounds 2",
     ),
     Job(
-        "forward-gpu-images",
+        "gpu",
         "forward",
-        "benchmarks.forward --device cuda --dtype fp16 --model mnist resnet18 resnet50 --members 4 16 32 --batch 1 8 "
-        "--seconds 3",
+        "benchmarks.gpu --json benchmarks/results",
         gpu=True,
-    ),
-    Job(
-        "forward-gpu-encoders",
-        "forward",
-        "benchmarks.forward --device cuda --dtype fp16 --model minilm bert --members 8 32 --batch 1 8 --seconds 3",
-        gpu=True,
+        writes_itself=True,
+        settings=tuple(setting.row for setting in SETTINGS),
     ),
 )

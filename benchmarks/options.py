@@ -24,6 +24,8 @@ SEEDS = ("mnist", "resnet18", "bert")
 RIVALS = (
     "loop",
     "loop_compiled",
+    "loop_graph",
+    "loop_reduce_overhead",
     "onnxruntime_per_member",
     "onnxruntime_one_graph",
     "openvino",
@@ -33,6 +35,8 @@ RIVALS = (
     "ours_compiled",
     "ours_ahead_of_time",
     "ours_cudagraph",
+    "ours_branches",
+    "ours_compiled_branches",
     "ours_auto",
     "ours_auto_onnx",
 )

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.runs.mnist import TrainingSettings, train_member
-from training.runs.mnist_data import SAMPLE_DIR, load_digits, normalise
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.models.mnist import MnistNet
@@ -36,6 +34,7 @@ class Network:
         make_args: batch size -> inputs.
         join: skeleton and members -> the forward as a handler joins it.
         stock: skeleton and members -> torch.func.vmap without anything of ours.
+        on_device: whether `build` may run with the device as torch's default one, where random weights are quicker.
     """
 
     title: str
@@ -43,6 +42,7 @@ class Network:
     make_args: Callable[[int], Args]
     join: Callable[[Any, StackedMembers], EnsembleForward] = EnsembleForward
     stock: Callable[[Any, StackedMembers], EnsembleForward] = EnsembleForward
+    on_device: bool = True
 
 
 def image_network(name: str, side: int = 224) -> Network:
@@ -72,21 +72,29 @@ def trained_network() -> Network:
         return copy.deepcopy(_train(torch.initial_seed()))
 
     def make_args(batch: int) -> Args:
+        from training.runs.mnist_data import SAMPLE_DIR, load_digits, normalise  # here: see `_train`
+
         return (normalise(load_digits(SAMPLE_DIR, "test").images[:batch]),)
 
-    return Network("MNIST, trained, digits", build, make_args)
+    return Network("MNIST, trained, digits", build, make_args, on_device=False)
 
 
 @functools.cache
 def _train(seed: int) -> nn.Module:
+    # Here: reading digits imports settings, and so pydantic, which a machine with a GPU may lack.
+    from training.runs.mnist import TrainingSettings, train_member
+    from training.runs.mnist_data import SAMPLE_DIR, load_digits
+
     with torch.inference_mode(False), torch.enable_grad():
         digits = load_digits(SAMPLE_DIR, "train")
         network = train_member(digits, seed, TrainingSettings(epochs=1), lambda *seen: None)
     return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def encoder_network(title: str, layers: int, hidden: int, tokens: int = TOKENS) -> Network:
-    """A BERT classifier of a shape, on texts of so many tokens without padding."""
+def encoder_network(
+    title: str, layers: int, hidden: int, tokens: int = TOKENS, lengths: tuple[int, ...] = ()
+) -> Network:
+    """A BERT classifier of a shape, on texts of so many tokens without padding, or on texts of these lengths."""
 
     def build() -> nn.Module:
         from transformers import BertConfig, BertForSequenceClassification
@@ -97,9 +105,12 @@ def encoder_network(title: str, layers: int, hidden: int, tokens: int = TOKENS) 
         return BertForSequenceClassification(config).eval()
 
     def make_args(batch: int) -> Args:
-        return torch.randint(1000, 30_000, (batch, tokens)), torch.ones(batch, tokens, dtype=torch.long)
+        rows = torch.tensor(lengths or [tokens] * batch)
+        mask = (torch.arange(int(rows.max())) < rows[:, None]).long()
+        return torch.randint(1000, 30_000, mask.shape) * mask, mask
 
-    return Network(f"{title}, {tokens} tokens", build, make_args, _join_encoder, _stock_encoder)
+    what = f"{len(lengths)} ragged texts, {sum(lengths)} tokens" if lengths else f"{tokens} tokens"
+    return Network(f"{title}, {what}", build, make_args, _join_encoder, _stock_encoder)
 
 
 def _join_encoder(model: Any, members: StackedMembers) -> EnsembleForward:
@@ -122,6 +133,14 @@ NETWORKS = {
     "minilm": encoder_network("MiniLM-L6 shape", layers=6, hidden=384),
     "bert": encoder_network("bert-base shape", layers=12, hidden=768),
 }
+
+
+def without_padding(args: Args) -> list[Args]:
+    """Batches that together hold what one holds, without its padding: the texts alone; images as they are."""
+    if len(args) < 2 or bool(args[1].all()):
+        return [args]
+    lengths = args[1].sum(1).tolist()
+    return [tuple(arg[row : row + 1, :length] for arg in args) for row, length in enumerate(lengths)]
 
 
 def to_tensor(output: Any) -> Tensor:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from benchmarks.measuring.measure import make_session
 from benchmarks.measuring.networks import Args, Network, device_of, parameter_bytes, states_of, to_tensor
+from vmap_ensemble.archive.modes import AUTO_BUDGET_S
 from vmap_ensemble.core.members import stack_members
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled.native_code import reasons_against, write_native_code
 from vmap_ensemble.execution.compiled.packages import CompiledForward
+from vmap_ensemble.execution.cuda.recorder import CudaRecorder
 from vmap_ensemble.execution.modes import ExecutionOptions
 from vmap_ensemble.execution.onnx.graph import export_members
 from vmap_ensemble.execution.onnx.graph import reasons_against as no_graph
@@ -48,10 +50,19 @@ class Rivals:
         networks: the members.
         args: one batch.
         folder: scratch.
+        auto_s: seconds that mode `auto` may measure.
     """
 
-    def __init__(self, network: Network, networks: list[nn.Module], args: Args, folder: Path) -> None:
+    def __init__(
+        self,
+        network: Network,
+        networks: list[nn.Module],
+        args: Args,
+        folder: Path,
+        auto_s: float = AUTO_BUDGET_S,
+    ) -> None:
         self.network, self.networks, self.args, self.folder = network, networks, args, folder
+        self.auto_s = auto_s
         self.members = stack_members(states_of(networks), device=device_of(networks[0]), share=False)
         self.notes: dict[str, str] = {}
 
@@ -70,6 +81,25 @@ class Rivals:
             compiled(*self.args)
         return lambda: compiled(*self.args)
 
+    def loop_graph(self) -> Call:
+        """The eager loop recorded as one CUDA graph, on inputs that stay in place: only its kernels are left."""
+        self._want_gpu()
+        recording = CudaRecorder(self.args[0].device).record(self.loop())
+
+        def call() -> Tensor:
+            recording.replay()
+            return recording.outputs
+
+        return call
+
+    def loop_reduce_overhead(self) -> Call:
+        """`torch.compile` of the loop as one module, with CUDA graphs."""
+        self._want_gpu()
+        compiled = torch.compile(Unrolled(self.networks).eval(), mode="reduce-overhead", dynamic=False)
+        for _ in range(3):  # compiles, records, replays
+            compiled(*self.args)
+        return lambda: compiled(*self.args)
+
     def onnxruntime_per_member(self) -> Call:
         """One ONNX Runtime session per member."""
         sessions = [self._session([network], f"member{i}") for i, network in enumerate(self.networks)]
@@ -84,6 +114,10 @@ class Rivals:
 
     def _feed(self) -> dict[str, Any]:
         return {f"x{index}": tensor.numpy() for index, tensor in enumerate(self.args)}
+
+    def _want_gpu(self) -> None:
+        if not self.args[0].is_cuda:
+            raise EnsembleError("compared on a GPU only")
 
     def _refuse_gpu(self) -> None:
         if self.args[0].is_cuda:
@@ -155,9 +189,17 @@ class Rivals:
         """Mode `cudagraph`."""
         return self._ours("cudagraph")
 
+    def ours_branches(self) -> Call:
+        """Mode `branches`."""
+        return self._ours("branches")
+
+    def ours_compiled_branches(self) -> Call:
+        """Mode `compiled_branches`."""
+        return self._ours("compiled_branches")
+
     def ours_auto(self) -> Call:
         """Mode `auto`, what an archive serves by default."""
-        return self._ours("auto")
+        return self._ours("auto", options=ExecutionOptions(budget_s=self.auto_s))
 
     def ours_auto_onnx(self) -> Call:
         """Mode `auto` on an archive that `./archive.sh --onnx` has packed the members' graph into."""

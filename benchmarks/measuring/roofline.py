@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring.measure import synchronise
-from benchmarks.measuring.networks import Args, parameter_bytes, to_tensor
+from benchmarks.measuring.networks import Args, parameter_bytes, to_tensor, without_padding
 
 TRIAD_ELEMENTS = 32 * 2**20  # 128 MiB a tensor in float32: beyond any cache
 MATRIX_SIDE = 2048
@@ -128,11 +128,13 @@ def add_roofline(cell: dict[str, Any], ceilings: Ceilings) -> None:
 
 @torch.no_grad()
 def count_work(network: nn.Module, args: Args, members: int) -> Work:
-    """Count one member's plain forward, times the members."""
+    """Count one member's plain forward of what isn't padding, times the members."""
+    parts = without_padding(args)
     with FlopCounterMode(display=False) as counter:
-        output = to_tensor(network(*args))
-    sizes = sum(tensor.numel() * tensor.element_size() for tensor in args)
-    own = read_bytes(network, args[0].numel()) + output.numel() * output.element_size()
+        outputs = [to_tensor(network(*part)) for part in parts]
+    sizes = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
+    given = sum(output.numel() * output.element_size() for output in outputs)
+    own = read_bytes(network, sum(part[0].numel() for part in parts)) + given
     return Work(members * float(counter.get_total_flops()), members * own + sizes)
 
 

@@ -7,6 +7,8 @@ AUTO = "ours_auto"
 FORWARD = {
     "loop": ("loop", "the members one after another in eager PyTorch; every ratio is its time over the rival's"),
     "loop_compiled": ("compiled loop", "`torch.compile` of that loop as one module with frozen weights"),
+    "loop_graph": ("loop in a graph", "the loop recorded as one CUDA graph, its inputs in place; on a GPU"),
+    "loop_reduce_overhead": ("compiled loop in a graph", "`torch.compile`, reduce-overhead, of the loop; on a GPU"),
     "onnxruntime_per_member": ("ONNX Runtime, per member", "a session of ONNX Runtime for each member"),
     "onnxruntime_one_graph": ("ONNX Runtime, one graph", "all members exported as one ONNX graph, in one session"),
     "openvino": ("OpenVINO", "the same graph of all members in OpenVINO, tuned for latency, in float32"),
@@ -16,6 +18,8 @@ FORWARD = {
     "ours_compiled": ("ours: compiled", "Inductor's code for all members, compiled at load"),
     "ours_ahead_of_time": ("ours: native code", "the same, compiled by `./archive.sh --compile`"),
     "ours_cudagraph": ("ours: cudagraph", "the vmapped call, recorded once as a CUDA graph"),
+    "ours_branches": ("ours: branches", "members side by side on streams, recorded as one CUDA graph"),
+    "ours_compiled_branches": ("ours: compiled branches", "the same, a member compiled once for all of them"),
     "ours_auto_onnx": ("ours: auto, --onnx", "the same on an archive that `./archive.sh --onnx` built"),
     AUTO: ("ours: auto", "**what an archive serves by default**: the fastest of ours and the loop, measured at load"),
 }

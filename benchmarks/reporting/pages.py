@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.jobs import JOBS
+from benchmarks.jobs import JOBS, Job
 from benchmarks.reporting.results import Result
 from benchmarks.reporting.tables import make_tables
 
@@ -74,7 +74,7 @@ PAGES = (
         "gpu",
         "On a GPU: one forward of N members",
         FORWARD,
-        {"forward-gpu-images": "Images", "forward-gpu-encoders": "Texts"},
+        {"gpu": ""},
     ),
     Page(
         "serving",
@@ -127,8 +127,13 @@ def write_page(page: Page, results: list[Result]) -> str:
             title = f"{heading}: {result.chip_and_cores}" if heading else result.chip_and_cores
             parts += [f"## {title}", *write_result(page, result)]
         if not own:
-            command = next(known.command for known in JOBS if known.name == job)
-            parts += [f"## {heading or 'Measurements'}", "Not measured yet. This measures it:", f"    {command}"]
+            known = next(known for known in JOBS if known.name == job)
+            parts += [
+                f"## {heading or 'Measurements'}",
+                "Not measured yet. This measures it:",
+                f"    {known.command}",
+            ]
+            parts += list_settings(known)
     return "\n\n".join(parts) + "\n"
 
 
@@ -145,6 +150,12 @@ def write_result(page: Page, result: Result) -> list[str]:
             parts.append(table.note)
     source = f"On {result.machine}, from [{result.name}.json](../../benchmarks/results/{result.name}.json), by"
     return [*parts, source, f"    {result.command}"]
+
+
+def list_settings(job: Job) -> list[str]:
+    """A table of what a job will measure, where it tells: no row is left out because nobody has measured it."""
+    rows = [f"| {setting} | not yet measured |" for setting in job.settings]
+    return ["\n".join(["| setting | time |", "| --- | --- |", *rows])] if rows else []
 
 
 def list_pages() -> str:

@@ -8,6 +8,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from benchmarks.measuring.measure import (
 from benchmarks.measuring.networks import NETWORKS, Args, Network, build_members, parameter_bytes
 from benchmarks.measuring.rivals import Call, Rivals
 from benchmarks.measuring.roofline import add_roofline, count_work, measure_ceilings
+from vmap_ensemble.archive.modes import AUTO_BUDGET_S
 from vmap_ensemble.core.proof import TOLERANCE
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.process.device import DTYPES
@@ -56,7 +58,9 @@ class Cell:
         available = psutil.virtual_memory().available
         if self.device.type == "cpu" and needed > available:
             raise EnsembleError(f"needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} are free")
-        networks = [network.to(self.device, self.dtype) for network in build_members(self.network, self.members)]
+        with self.device if self.network.on_device else nullcontext():
+            built = build_members(self.network, self.members)
+        networks = [network.to(self.device, self.dtype) for network in built]
         torch.manual_seed(self.members)
         return networks, tuple(self._place(arg) for arg in self.network.make_args(self.batch))
 
@@ -72,13 +76,14 @@ class Cell:
         }  # fmt: skip
 
 
-def compare_rivals(cell: Cell, names: Sequence[str], seconds: float) -> dict[str, Any]:
+def compare_rivals(cell: Cell, names: Sequence[str], seconds: float, auto_s: float = AUTO_BUDGET_S) -> dict[str, Any]:
     """Build each rival, compare it with the loop, and time them in turns.
 
     Args:
         cell: What is run.
         names: Which of `RIVALS`; the loop is always among them, and first.
         seconds: About how long measuring takes, without building.
+        auto_s: Seconds that mode `auto` may measure.
 
     Returns:
         The cell's description, "work", and "rows", one per rival, those left out too; or the description and
@@ -90,7 +95,7 @@ def compare_rivals(cell: Cell, names: Sequence[str], seconds: float) -> dict[str
         return {**cell.to_json(), "left_out": str(error).splitlines()[0], "rows": []}
     work = count_work(networks[0], args, cell.members)
     with tempfile.TemporaryDirectory() as folder:
-        rivals = Rivals(cell.network, networks, args, Path(folder))
+        rivals = Rivals(cell.network, networks, args, Path(folder), auto_s)
         calls, differences, left_out = build_calls(rivals, names)
         timings = _measure(calls, cell.device, seconds)
     rows = make_rows(timings, differences, TOLERANCE[cell.dtype], rivals.notes)

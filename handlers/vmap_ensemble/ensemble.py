@@ -30,7 +30,6 @@ from vmap_ensemble.core.proof import Proof
 from vmap_ensemble.core.states import fit_to_architecture
 from vmap_ensemble.description import Description
 from vmap_ensemble.errors import ItemError, UnfitItem, numbered
-from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.chunking import ChunkedRun
 from vmap_ensemble.execution.modes import Execution, prove
 from vmap_ensemble.execution.register import ExecutionOptions
@@ -45,6 +44,7 @@ from vmap_ensemble.starting import (
     find_packed,
     make_place,
     read_weights,
+    run_where_asked,
 )
 from vmap_ensemble.tasks.answers import Answer, Options, sign
 from vmap_ensemble.tasks.register import find_task
@@ -140,6 +140,7 @@ class Ensemble:
                 kind = task or find_task(folder, str(read_block(folder).get("handler", "")))
                 given = {"device": device, "dtype": dtype, "execution": execution}
                 given = {**(settings or {}), **{key: value for key, value in given.items() if value is not None}}
+                given = {"devices": None, **given} if device else given
                 own = override_settings(load_settings(folder, kind.settings_class), given)
             place = make_place(own, folder, threads or torch.get_num_threads(), 0)
             with timed(phases.BUILD):
@@ -177,8 +178,9 @@ class Ensemble:
         block = {
             "execution": "auto" if example is not None else "eager",
             **(settings or {}),
-            "device": device or "cpu",
         }
+        if device or not block.get("devices"):
+            block["device"] = device or "cpu"
         args = example if isinstance(example, tuple) else () if example is None else (example,)
         if len(args) == 1:
             block.setdefault("input_shape", list(args[0].shape[1:]))
@@ -196,8 +198,12 @@ class Ensemble:
         if not args:
             run = ProvedAtFirst(forward)
             return cls(forward, Execution("eager", "no example was given to measure with", [], run), made)
-        options = ExecutionOptions(tolerance=checked.tolerance, budget_s=checked.execution_budget_s)
-        return cls(forward, build_execution(checked.execution, forward, [args], options), made)
+        options = ExecutionOptions(
+            tolerance=checked.tolerance,
+            budget_s=checked.execution_budget_s,
+            float32_matmul_precision=checked.float32_matmul_precision,
+        )
+        return cls(forward, run_where_asked(made, forward, [args], options), made)
 
     @classmethod
     def start(cls, task: Task, timed: Phases, batch_sizes: Sequence[int]) -> Ensemble:

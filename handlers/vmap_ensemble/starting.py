@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch import Tensor
 from vmap_ensemble.archive.manifest import Manifest, check_code, read_manifest
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.forward import Forward
+from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.core.proof import Proof, find_row_dependence, prove_equal
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
+from vmap_ensemble.execution.devices import build_on_devices
 from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.execution.onnx.packages import ONNX_FILE
 from vmap_ensemble.execution.register import ExecutionOptions
@@ -45,7 +48,7 @@ class ProvedAtFirst:
 def make_place(settings: Settings, folder: Path | None, threads: int, gpu_id: int | None) -> Place:
     """Where a task computes by its settings, and what it may read; float32's precision is set for the process."""
     set_float32_precision(settings.float32_matmul_precision)
-    device = choose_device(settings.device, gpu_id)
+    device = choose_device(settings.devices[0] if settings.devices else settings.device, gpu_id)
     manifest = read_manifest(folder) if folder else Manifest(())
     if folder:
         check_code(folder, manifest)
@@ -73,9 +76,25 @@ def choose_execution(task: Task, forward: Forward, batch_sizes: Sequence[int]) -
         sample=task.collate(task.sample_examples(SAMPLE_BATCH)),
         packed=(lambda: CompiledForward(folder, forward.members, task.input_shape)) if folder and compiled else None,
         graph_folder=folder if onnx else None,
+        float32_matmul_precision=settings.float32_matmul_precision,
     )
     examples = [task.collate(task.sample_examples(size)) for size in sorted({1, *batch_sizes})]
-    return build_execution(settings.execution, forward, examples, options)
+    return run_where_asked(task, forward, examples, options)
+
+
+def run_where_asked(
+    task: Task, forward: Forward, examples: Sequence[tuple[Any, ...]], options: ExecutionOptions
+) -> Execution:
+    """Build a task's forward on its device, or on the several that its settings name."""
+    settings = task.settings
+    if settings.devices is None:
+        return build_execution(settings.execution, forward, examples, options)
+
+    def join(members: StackedMembers) -> Forward:
+        return task.join(copy.deepcopy(forward.model), members)  # type: ignore[attr-defined]
+
+    devices = [torch.device(name) for name in settings.devices]
+    return build_on_devices(settings.execution, forward, join, devices, examples, options)
 
 
 def find_packed(folder: Path | None) -> dict[str, bool]:

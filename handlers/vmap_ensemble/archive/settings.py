@@ -21,7 +21,7 @@ from vmap_ensemble.archive.modes import AUTO, AUTO_BUDGET_S, mode_names, reason_
 from vmap_ensemble.errors import SettingsError
 
 SETTINGS_FILE = "setup_config.json"
-WORKER_KEYS = ("threads", "device")
+WORKER_KEYS = ("threads", "device", "devices")
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -105,7 +105,8 @@ class Settings:
         description="How the one forward is run: `auto` measures at load and keeps the fastest that gives the same "
         "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
         "`compiled`, by `./archive.sh --compile` or else at load; `onnxruntime`, `openvino`, by `--onnx` or else so; "
-        "`cudagraph`; `reference`, the plain loop.",
+        "recorded on a GPU: `branches`, members side by side, `compiled_branches`, `cudagraph`, the vmapped forward, "
+        "`cudagraph_loop`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(
         AUTO_BUDGET_S,
@@ -119,12 +120,23 @@ class Settings:
     device: str | None = Field(
         None, description="Worker key: `cpu` or `cuda:0`; the GPU that TorchServe assigns by default."
     )
+    devices: Annotated[list[str], Field(min_length=2)] | None = Field(
+        None,
+        description="Worker key, instead of `device`: several, such as `cuda:0` and `cuda:1`. Members are spread "
+        "over them, or batches split among them, whichever is measured faster.",
+    )
 
     @property
     def abstains(self) -> list[str]:
         """The keys that make answers say `abstain`, among those that are set."""
         keys = ("abstain_below_probability", "abstain_above_mutual_information")
         return [key for key in keys if getattr(self, key) is not None]
+
+    @model_validator(mode="after")
+    def _devices_are_said_once(self) -> Settings:
+        if self.devices is not None and self.device is not None:
+            raise ValueError(f"devices: expected no 'device' beside it, got '{self.device}'")
+        return self
 
     @model_validator(mode="after")
     def _abstaining_is_said(self) -> Settings:

@@ -81,6 +81,19 @@ class Forward(Protocol):
         """Makes a preparation of its own for the mode `prepared` from arguments like those that will be served."""
         return None
 
+    @property
+    def static_batches(self) -> Callable[[Callable[..., Any], Sequence[int] | None], Any] | None:
+        """Makes of a run with these arguments, and batch sizes, what execution/cuda/graphs.py calls a LayOut.
+
+        That is how its batches become static inputs of a recording. None: tensors (B, ...) of rows that stand alone.
+        """
+        return None
+
+    @property
+    def static_forward(self) -> Callable[[Sequence[int] | None], Any] | None:
+        """As `static_batches` for this forward itself, where it is recorded on other inputs than its arguments."""
+        return None
+
     def without_packed_weights(self) -> Forward:
         """The same on plain weights: compilers refuse reordered matrices that aren't constants of their own."""
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -117,6 +117,13 @@ def place(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None)
 
 def _target(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own
+
+
+def move_members(members: StackedMembers, device: torch.device) -> StackedMembers:
+    """The members on another device; tied keys stay one tensor, and what is there isn't copied."""
+    moved = {id(tensor): tensor.to(device) for tensor in members.tensors()}
+    stacked, shared = ({k: moved[id(t)] for k, t in tensors.items()} for tensors in (members.stacked, members.shared))
+    return replace(members, stacked=stacked, shared=shared)
 
 
 def with_ties(members: StackedMembers) -> StackedMembers:

@@ -18,6 +18,14 @@ from vmap_ensemble.errors import LoadError
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+def default_tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The bound for outputs of a dtype; where a GPU may use TF32 for float32, that of its 10 bits of mantissa."""
+    admits_tf32 = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    if dtype == torch.float32 and device.type == "cuda" and admits_tf32:
+        return TOLERANCE[torch.float16]
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+
+
 @dataclass(frozen=True)
 class Proof:
     """What the comparison of the vmapped forward with the members' own forwards has shown.
@@ -79,7 +87,7 @@ def find_row_dependence(
     for leaf, *own in zip(together, *alone, strict=True):
         if not isinstance(leaf, Tensor) or not leaf.dim():
             continue
-        bound = tolerance or forward.tolerance or TOLERANCE.get(leaf.dtype, TOLERANCE[torch.float32])
+        bound = tolerance or forward.tolerance or default_tolerance(leaf.dtype, leaf.device)
         start = 0
         for part in own:
             both = leaf[start : start + len(part)], part
@@ -125,7 +133,7 @@ def compare_outputs(
                 raise LoadError(
                     f"member '{name}': own forward gives {tuple(expected.shape)}, the vmapped one {tuple(ours.shape)}"
                 )
-            bound = tolerance or forward.tolerance or TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
+            bound = tolerance or forward.tolerance or default_tolerance(expected.dtype, expected.device)
             difference, finite = _relative_difference(expected, ours)
             if not finite:
                 not_finite.append(name)

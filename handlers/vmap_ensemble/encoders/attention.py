@@ -15,8 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vmap_ensemble.encoders.batching_rules import peel, run_on_members
-from vmap_ensemble.encoders.packing import Group, Packing, boundaries
-from vmap_ensemble.execution.cuda.varlen import attend_varlen
+from vmap_ensemble.encoders.packing import Group, Packing, spread
+from vmap_ensemble.execution.cuda.varlen import attend_varlen, has_varlen
 
 ATTENTION = "vmap_ensemble_packed"
 # On a CPU the fused kernel takes texts one head at a time, which costs more than it saves up to about this length:
@@ -57,9 +57,10 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, s
 
 def _attend_members(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
     """(M, T, heads, D) each -> (M, T, heads, D)."""
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        ends = boundaries(packing, len(query)).to(query.device)
-        return attend_varlen(query, key, value, ends, packing.groups[-1].length, scale)
+    if packing.ends is not None and has_varlen(query.device, query.dtype):
+        return attend_varlen(query, key, value, packing.boundaries(len(query)), packing.limit, scale)
+    if not packing.groups:
+        return _attend_spread(query, key, value, packing, scale)
     if len(packing.groups) == 1:
         return _attend_group(query, key, value, packing.groups[0], scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -67,6 +68,20 @@ def _attend_members(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
         part = slice(group.start, group.start + group.count * group.length)
         out[:, part] = _attend_group(query[:, part], key[:, part], value[:, part], group, scale)
     return out
+
+
+def _attend_spread(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Attention of texts whose lengths aren't known to the host: on rows of equal width, padding masked.
+
+    A row without a token is not a number, and read by nobody.
+    """
+    members, tokens = query.shape[:2]
+    texts, width = packing.size
+    q, k, v = (spread(t, 1, packing).flatten(0, 1).transpose(1, 2) for t in (query, key, value))
+    real = spread(torch.ones(tokens, dtype=torch.bool, device=query.device), 0, packing)
+    mask = real.expand(members, texts, width).reshape(members * texts, 1, 1, width)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).reshape(members, texts * width, *query.shape[2:]).index_select(1, packing.index)
 
 
 def _attend_group(query: Tensor, key: Tensor, value: Tensor, group: Group, scale: float) -> Tensor:

@@ -24,9 +24,12 @@ from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.attention import ATTENTION, packed
 from vmap_ensemble.encoders.batching_rules import FastRules
-from vmap_ensemble.encoders.packing import Packing, pack, take_first, unpack
+from vmap_ensemble.encoders.packing import Packing, pack, spread, take_first, unpack
+from vmap_ensemble.encoders.recorded import PackedTexts, PaddedTexts, round_up
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.cpu.onednn import prepack
+from vmap_ensemble.execution.cuda.graphs import LayOut
+from vmap_ensemble.execution.cuda.varlen import has_varlen
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,9 @@ _TOKEN_HEADS = frozenset(
 class EncoderForward(EnsembleForward):
     """The vmapped forward of a Hugging Face encoder, cut to the longest text of the batch.
 
-    Arguments of a call: input_ids (B, S), attention_mask (B, S), token_type_ids (B, S) or None. Outputs as the
-    model's own, each tensor (M, B, ...); those per token may be shorter than S. `loop` is the plain loop over S.
+    Arguments of a call: input_ids (B, S), attention_mask (B, S), token_type_ids (B, S) or None, wherever they are: on
+    the host they can be laid out without waiting for a GPU. Outputs as the model's own, each tensor (M, B, ...);
+    those per token may be shorter than S. `loop` is the plain loop over S.
 
     Args:
         model: An encoder with any head, in eval mode.
@@ -81,6 +85,7 @@ class EncoderForward(EnsembleForward):
 
     def __init__(self, model: PreTrainedModel, members: StackedMembers, rules: FastRules | None = None) -> None:
         super().__init__(model, members)
+        self.per_token = type(model).__name__ in _TOKEN_HEADS
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._use_rules(rules)
 
@@ -93,6 +98,30 @@ class EncoderForward(EnsembleForward):
         """None: arguments are cut, or packed, and get names."""
         return None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the members are."""
+        return self.members.device
+
+    @property
+    def padding_id(self) -> int:
+        """The token that stands where there is none."""
+        return int(self.model.config.pad_token_id or 0)
+
+    def widen(self, width: int) -> int:
+        """The width itself: who knows what an architecture makes of padding."""
+        return width
+
+    @property
+    def static_batches(self) -> Callable[[Callable[..., Any], Sequence[int] | None], PaddedTexts]:
+        """Texts as long as the longest."""
+        return partial(PaddedTexts, self)
+
+    @property
+    def static_forward(self) -> Callable[[Sequence[int] | None], LayOut]:
+        """The same, since finding the longest waits for it."""
+        return partial(PaddedTexts, self, lambda ids, mask, types=None: self._run(ids, mask, types, None))
+
     def without_packed_weights(self) -> EncoderForward:
         """The same under rules that keep no reordered matrices."""
         if self.fast_rules is None:
@@ -104,13 +133,17 @@ class EncoderForward(EnsembleForward):
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts in one vmapped call; see the class."""
         width = int(attention_mask.bool().any(0).nonzero().max()) + 1
-        types = None if token_type_ids is None else token_type_ids[:, :width]
-        return self._run(input_ids[:, :width], attention_mask[:, :width], types, None)
+        cut = (None if t is None else t[:, :width] for t in (input_ids, attention_mask, token_type_ids))
+        return self._run(*self._place(*cut), None)
 
     def _run(self, *inputs: Tensor | None) -> Any:
         in_dims = (0, 0, None, *(None for _ in inputs))
         with self.rules():
             return vmap(self._member, in_dims=in_dims)(self._index, self._own, self.members.shared, *inputs)
+
+    def _place(self, *args: Tensor | None) -> list[Tensor | None]:
+        """On the members' device: arguments may be on the host, where they can be looked at without a wait."""
+        return [None if arg is None else arg.to(self.device, non_blocking=True) for arg in args]
 
     # vmap maps positional arguments only, and each architecture orders its own differently: they get names here.
     def _member(self, _index: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor], *inputs: Any) -> Any:
@@ -119,7 +152,7 @@ class EncoderForward(EnsembleForward):
 
     def bind(self, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Named, since each architecture orders its own differently."""
-        return (), self._name_inputs(*args)
+        return (), self._name_inputs(*self._place(*args))  # type: ignore[arg-type]
 
     def argument_names(self, args: Sequence[Any]) -> list[str]:
         """The model's own names."""
@@ -159,7 +192,7 @@ class EncoderForward(EnsembleForward):
             if not per_token or tensor.shape[batch_axis + 1] not in sizes:
                 return tensor
             rest = tensor.dim() - batch_axis - 2
-            real = mask[:, :longest].reshape(len(mask), longest, *[1] * rest)
+            real = mask[:, :longest].reshape(len(mask), longest, *[1] * rest).to(tensor.device)
             return torch.where(real, tensor.narrow(batch_axis + 1, 0, longest), 0.0)
 
         return pytree.tree_map(clear, outputs)
@@ -192,39 +225,60 @@ class PackedEncoderForward(EncoderForward):
         if kind not in POSITIONS:
             raise LoadError(f"padding of '{kind}' can't be removed; expected one of {', '.join(POSITIONS)}")
         self._prepare = prepare
-        self._count_positions = POSITIONS[kind]
-        self._padding_id = int(model.config.pad_token_id or 0)
+        self._positions = POSITIONS[kind]
         self._encoder = find_encoder(model)
-        self._per_token = type(model).__name__ in _TOKEN_HEADS
         self._first_only = type(model).__name__ in _FIRST_TOKEN_HEADS
         model.set_attn_implementation(ATTENTION)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts in one vmapped call; see the class."""
-        packing = pack(attention_mask)
-        ids, types, places = self.pack_rows(packing, input_ids, token_type_ids)
-        with packed(packing), self._unpacking(packing):
-            outputs = self._run(ids, None, types, places)
-        return self.unpack_outputs(outputs, packing)
+        args = self._place(input_ids, attention_mask, token_type_ids)
+        packing = pack(attention_mask, self.device)
+        ids, types, places = self.pack_rows(packing, args[0], args[2])  # type: ignore[arg-type]
+        return self.unpack_outputs(self.run_packed(packing, ids, types, places), packing)
 
     def pack_rows(
         self, packing: Packing, input_ids: Tensor, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Ids, token types and position ids of the real tokens: (B, S) each -> (1, T)."""
-        positions = self._count_positions(input_ids, self._padding_id)
+        positions = self.count_positions(input_ids)
         ids, places = (t.reshape(-1)[packing.index].unsqueeze(0) for t in (input_ids, positions))
         types = None if token_type_ids is None else token_type_ids.reshape(-1)[packing.index].unsqueeze(0)
         return ids, types, places
 
+    def count_positions(self, input_ids: Tensor) -> Tensor:
+        """Position ids of padded ids, as the architecture counts them: (B, S) -> (B, S)."""
+        return self._positions(input_ids, self.padding_id)
+
     @property
     def longest(self) -> int:
         """The longest text in tokens that every architecture of `POSITIONS` has positions for."""
-        return int(self.model.config.max_position_embeddings) - self._padding_id - 1
+        return int(self.model.config.max_position_embeddings) - self.padding_id - 1
 
     def packed_weights(self, weight: Tensor) -> list[Tensor]:
         """Matrices of (M, out, in) or (out, in) weights in oneDNN's order; the rules' own where they have them."""
         kept = None if self.fast_rules is None else self.fast_rules.prepacked(weight, 1, needs_grad=False)
         return prepack(weight) if kept is None else kept
+
+    def widen(self, width: int) -> int:
+        """A bucket: masks keep padding out of these architectures' answers."""
+        return max(width, min(round_up(width), self.longest))
+
+    @property
+    def needs_width(self) -> bool:
+        """Whether the part behind the packing lays tokens out in rows: heads on whole texts, and attention may."""
+        dtype = next(t.dtype for t in self.members.tensors() if t.is_floating_point())
+        return not (self.per_token or self._first_only) or not has_varlen(self.device, dtype)
+
+    @property
+    def static_forward(self) -> Callable[[Sequence[int] | None], LayOut]:
+        """Without padding; what fills a bucket is one more text."""
+        return partial(PackedTexts, self)
+
+    def run_packed(self, packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor) -> Any:
+        """Run all members on what `pack_rows` gives; outputs per token stay packed."""
+        with packed(packing), self._unpacking(packing):
+            return self._run(ids, None, types, places)
 
     def run_state(
         self, state: dict[str, Tensor], packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor
@@ -235,9 +289,9 @@ class PackedEncoderForward(EncoderForward):
 
     def unpack_outputs(self, outputs: Any, packing: Packing) -> Any:
         """Outputs per token of a packed row, (M, 1, T, ...) -> (M, B, S, ...); others stay as they are."""
-        if not self._per_token:
+        if not self.per_token:
             return outputs
-        return pytree.tree_map(lambda t: torch.stack([unpack(row, packing) for row in t]), outputs)
+        return pytree.tree_map(lambda t: spread(t.squeeze(1), 1, packing), outputs)
 
     @property
     def preparation(self) -> Callable[[tuple[Any, ...]], Callable[..., Any]] | None:
@@ -247,7 +301,7 @@ class PackedEncoderForward(EncoderForward):
     @contextmanager
     def _unpacking(self, packing: Packing) -> Iterator[None]:
         """Within it the encoder hands its head what the head expects: a batch."""
-        if self._per_token:
+        if self.per_token:
             yield  # such a head treats every token alike, so it runs on the packed row
             return
         turn = take_first if self._first_only else unpack

@@ -15,6 +15,7 @@ from vmap_ensemble.execution.choice_cache import Candidate
 from vmap_ensemble.execution.modes import Execution, ExecutionOptions, prove
 from vmap_ensemble.execution.register import Built
 from vmap_ensemble.execution.timing import Args
+from vmap_ensemble.process.device import set_float32_precision
 
 
 def build_execution(
@@ -40,6 +41,9 @@ def build_execution(
         SettingsError: The mode is unknown.
         LoadError: The mode was asked for and can't be had, or no example is given. Under `auto` a candidate
             that can't be had is logged and listed with its reason instead.
+
+    Note:
+        With members on a GPU the precision of float32 is set for the process; see `ExecutionOptions`.
     """
     options = options or ExecutionOptions()
     unknown = reason_against_name(mode)
@@ -47,6 +51,8 @@ def build_execution(
         raise SettingsError(f"execution: {unknown}")
     if not examples:
         raise LoadError("execution: expected at least one example to run the forward on, got none")
+    if forward.members.device.type == "cuda" and options.float32_matmul_precision is not None:
+        set_float32_precision(options.float32_matmul_precision)
     with torch.inference_mode():
         if forward.only_mode is not None:
             name, built, reason = forward.only_mode, Built(forward, forward.channels_last), f": {forward.reason}"

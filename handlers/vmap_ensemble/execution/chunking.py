@@ -48,7 +48,7 @@ class ChunkedRun:
         Raises:
             ItemError: if one row of one member runs out of memory.
         """
-        batch = _batch_of(args)
+        batch = batch_of(args)
         while True:
             failure = None
             try:
@@ -85,7 +85,7 @@ class ChunkedRun:
         size = min(batch, self.safe_batch or batch)
         if size == batch:
             return self._run_members(args)
-        chunks = [self._run_members(_rows(args, batch, at, at + size)) for at in range(0, batch, size)]
+        chunks = [self._run_members(rows_of(args, batch, at, at + size)) for at in range(0, batch, size)]
         return pytree.tree_map(lambda *leaves: torch.cat(leaves, dim=1), *chunks)
 
     def _run_members(self, args: tuple[Any, ...]) -> Any:
@@ -101,12 +101,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR_TEXT in str(error)
 
 
-def _batch_of(args: tuple[Any, ...]) -> int:
+def batch_of(args: tuple[Any, ...]) -> int:
+    """B of the arguments: the first axis of the first tensor that has one."""
     sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else 1
 
 
-def _rows(args: tuple[Any, ...], batch: int, start: int, stop: int) -> tuple[Any, ...]:
+def rows_of(args: tuple[Any, ...], batch: int, start: int, stop: int) -> tuple[Any, ...]:
     """Rows of every tensor that has the batch as its first axis; the rest goes to each chunk as it is."""
 
     def cut(leaf: Any) -> Any:

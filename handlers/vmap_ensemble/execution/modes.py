@@ -2,7 +2,8 @@
 
 reference  the plain loop over members         eager     one vmapped call
 prepared   cpu/: weights prepared              compiled  compiled/: the archive's native code, else compiled at load
-cudagraph  cuda/: recorded per batch size      auto      whichever is measured fastest, never below the loop (auto.py)
+cudagraph  cuda/: recorded per bucket of sizes, as cudagraph_loop, branches, compiled_branches (cuda/mode.py)
+auto       whichever is measured fastest, never below the loop (auto.py)
 """
 
 from __future__ import annotations

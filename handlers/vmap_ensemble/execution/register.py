@@ -36,6 +36,8 @@ class ExecutionOptions:
         schedule: What the chosen mode measured while it was built at an earlier start (`Built.schedule`).
         packed: Loads the forward that the archive brings as native code; None if it brings none.
         graph_folder: The unpacked archive, where it brings an ONNX graph of all members; else None.
+        float32_matmul_precision: Of float32 members on a GPU, set for the process: torch's own default lets
+            convolutions use TF32, `highest` doesn't, `high` and `medium` do. None leaves it as it is.
     """
 
     budget_s: float = AUTO_BUDGET_S
@@ -48,6 +50,7 @@ class ExecutionOptions:
     schedule: Mapping[str, Any] | None = None
     packed: Callable[[], Run] | None = None
     graph_folder: Path | None = None
+    float32_matmul_precision: str | None = "highest"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from vmap_ensemble.errors import LoadError, first_line
 from vmap_ensemble.execution.chunking import is_out_of_memory
@@ -55,9 +56,7 @@ def time_call(run: Run, args: Args) -> tuple[Any, float]:
     Raises:
         LoadError: There is not enough memory for it.
     """
-    on_gpu = any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
-    if on_gpu:
-        torch.cuda.synchronize()
+    _wait_for(args)
     started = time.perf_counter()
     try:
         outputs = run(*args)
@@ -65,9 +64,16 @@ def time_call(run: Run, args: Args) -> tuple[Any, float]:
         if is_out_of_memory(error):
             raise LoadError(f"ran out of memory on a batch: {first_line(error)}") from error
         raise
-    if on_gpu:
-        torch.cuda.synchronize()
+    _wait_for(outputs)
     return outputs, time.perf_counter() - started
+
+
+def _wait_for(tensors: Any) -> None:
+    """Let the GPU finish what these are made of; arguments may be on the host while outputs aren't."""
+    for leaf in pytree.tree_leaves(tensors):
+        if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
+            torch.cuda.synchronize(leaf.device)
+            return
 
 
 def time_block(run: Run, args: Args, about_s: float) -> float:

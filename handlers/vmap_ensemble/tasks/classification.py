@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.aggregate import ClassPrediction, OutputKind, combine_classes, kind_of_outputs
+from vmap_ensemble.core.transfer import to_host
 from vmap_ensemble.errors import ItemError, LoadError, NoAnswer
 from vmap_ensemble.tasks.answers import Answer, Options, significant
 
@@ -48,9 +49,8 @@ class ClassAnswers:
         settings = self.settings
         picked = pick_outputs(outputs, settings.num_classes)
         prediction = combine_classes(picked, weights, settings.aggregation, settings.temperature, self.kind)
-        rows = _Rows(prediction, max(o.top_k or settings.top_k for o in options))
-        asked = (weights > 0).T.tolist()
-        return [self._answer(rows, b, option, asked[b]) for b, option in enumerate(options)]
+        rows = _Rows(prediction, max(o.top_k or settings.top_k for o in options), weights > 0)
+        return [self._answer(rows, b, option, rows.asked[b]) for b, option in enumerate(options)]
 
     def _answer(self, rows: _Rows, b: int, options: Options, asked: list[bool]) -> Answer | ItemError:
         used = [m for m, is_used in enumerate(rows.used[b]) if is_used]
@@ -161,37 +161,48 @@ def abstaining(settings: Settings, probability: float, information: float) -> di
     return {"abstain": True, "abstain_reasons": reasons} if reasons else {"abstain": False}
 
 
-class _Rows:
-    """A prediction as Python lists, moved from the device once per batch."""
+# What an answer is made of, of a `ClassPrediction`, cut to the classes that are shown.
+_SHOWN = (
+    *("ranking", "ranked_probabilities", "used", "finite", "mutual_information", "predictive_entropy"),
+    *("expected_entropy", "agreement", "member_votes", "member_top_probabilities"),
+)
 
-    def __init__(self, prediction: ClassPrediction, top_k: int) -> None:
+
+class _Rows:
+    """A prediction as Python lists, moved from the device in one copy per batch; `asked` is (M, B) bool."""
+
+    def __init__(self, prediction: ClassPrediction, top_k: int, asked: Tensor) -> None:
         # A client's top_k may be larger than an int64.
         top_k = min(top_k, prediction.ranking.shape[-1])
-        self.top = prediction.ranking[:, :top_k].tolist()
-        self.top_probabilities = prediction.ranked_probabilities[:, :top_k].tolist()
-        self.used = prediction.used.T.tolist()
-        self.finite = prediction.finite.T.tolist()
-        self.mutual_information = prediction.mutual_information.tolist()
-        self._prediction = prediction
+        tensors = [getattr(prediction, name) for name in _SHOWN]
+        tensors[:2] = [tensor[:, :top_k] for tensor in tensors[:2]]
+        *moved, asked = to_host([*tensors, asked])
+        shown = self._shown = dict(zip(_SHOWN, moved, strict=True))
+        self.top = shown["ranking"].tolist()
+        self.top_probabilities = shown["ranked_probabilities"].tolist()
+        self.used = shown["used"].T.tolist()
+        self.finite = shown["finite"].T.tolist()
+        self.mutual_information = shown["mutual_information"].tolist()
+        self.asked = asked.T.tolist()
 
     @functools.cached_property
     def member_top(self) -> list[list[int]]:
         """Each member's arg max per example; needed where members disagree, or a client asks for them."""
-        return self._prediction.member_votes.tolist()
+        return self._shown["member_votes"].tolist()
 
     @functools.cached_property
     def member_top_probabilities(self) -> list[list[float]]:
         """Each member's probability of its arg max."""
-        return self._prediction.member_top_probabilities.tolist()
+        return self._shown["member_top_probabilities"].tolist()
 
     @functools.cached_property
     def _entropies(self) -> list[tuple[float, float]]:
-        p = self._prediction
-        return list(zip(p.predictive_entropy.tolist(), p.expected_entropy.tolist(), strict=True))
+        both = (self._shown[name].tolist() for name in ("predictive_entropy", "expected_entropy"))
+        return list(zip(*both, strict=True))
 
     @functools.cached_property
     def _agreement(self) -> list[float]:
-        return self._prediction.agreement.tolist()
+        return self._shown["agreement"].tolist()
 
     def dissenting(self, b: int) -> list[int]:
         """Used members whose arg max isn't the answer; where all agree, which is mostly, no member is looked at."""

@@ -330,6 +330,25 @@ def test_a_job_keeps_its_figures_and_a_failed_one_the_old(tmp_path: Path, monkey
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_job_that_writes_its_own_file_is_run_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "FOLDER", tmp_path)
+    monkeypatch.setattr(everything, "ROOT", tmp_path)
+    (tmp_path / "fake.py").write_text("import sys; open('own.json', 'w').write(' '.join(sys.argv[1:]))")
+    job = everything.Job("own", "seeds", "fake --json here", writes_itself=True)
+    assert everything.run_job(job, "chip") == 0
+    assert (tmp_path / "own.json").read_text() == "--json here"
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["fake.py", "own.json"]
+
+
+def test_a_page_names_each_setting_that_nobody_has_measured() -> None:
+    (page,) = (page for page in pages.PAGES if page.name == "gpu")
+    text = pages.write_page(page, [])
+    (job,) = (job for job in everything.JOBS if job.name == "gpu")
+    assert len(job.settings) > 10
+    assert all(f"| {setting} | not yet measured |" in text for setting in job.settings)
+    assert f"    {job.command}\n" in text
+
+
 def test_commands_of_all_jobs_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert everything.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

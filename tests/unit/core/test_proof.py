@@ -7,7 +7,7 @@ import torch
 
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import stack_members
-from vmap_ensemble.core.proof import prove_equal
+from vmap_ensemble.core.proof import default_tolerance, prove_equal
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.models.mnist import MnistNet
 
@@ -59,3 +59,19 @@ def test_members_that_are_not_finite_are_named(make_model):
     states["m1"]["fc2.bias"][0] = float("nan")
     forward = EnsembleForward(MnistNet().eval(), stack_members(states))
     assert prove_equal(forward, forward, (X,)).not_finite == ("m1",)
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "products", "device", "bound"),
+    [
+        pytest.param(False, "highest", "cuda", 1e-4, id="float32 on a GPU"),
+        pytest.param(True, "highest", "cuda", 2e-2, id="convolutions in TF32"),
+        pytest.param(False, "high", "cuda", 2e-2, id="products in TF32"),
+        pytest.param(True, "high", "cpu", 1e-4, id="a CPU has no TF32"),
+    ],
+)
+def test_tf32_where_it_is_admitted_gets_its_own_bound(monkeypatch, convolutions, products, device, bound):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products)
+    assert default_tolerance(torch.float32, torch.device(device)) == bound
+    assert default_tolerance(torch.bfloat16, torch.device(device)) == 1e-1

@@ -1,5 +1,6 @@
 """The packed vmapped forward against the padded loop, for every architecture and head."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -17,7 +18,7 @@ from vmap_ensemble.core.members import stack_members
 from vmap_ensemble.encoders.attention import attend_packed
 from vmap_ensemble.encoders.build import build_encoder_forward
 from vmap_ensemble.encoders.forward import PackedEncoderForward, find_encoder
-from vmap_ensemble.encoders.packing import boundaries, pack, take_first, unpack
+from vmap_ensemble.encoders.packing import pack, take_first, unpack
 from vmap_ensemble.errors import ItemError, LoadError
 
 BASE = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
@@ -173,7 +174,7 @@ def test_pack_groups_texts_by_length():
     assert [(g.start, g.count, g.length) for g in packing.groups] == [(0, 2, 2), (4, 1, 3)]
     assert packing.index.tolist() == [0, 1, 7, 8, 3, 4, 5]
     assert packing.first.tolist() == [0, 4, 2]
-    assert boundaries(packing, 2).tolist() == [0, 2, 4, 7, 9, 11, 14]
+    assert packing.boundaries(2).tolist() == [0, 2, 4, 7, 9, 11, 14]
 
 
 def test_unpack_puts_tokens_back_and_zeros_the_rest():
@@ -196,3 +197,16 @@ def test_attention_stays_within_a_text():
         scores = (query[:, :, part] @ key[:, :, part].mT * 0.5).softmax(-1)
         expected = (scores @ value[:, :, part]).transpose(1, 2)
         torch.testing.assert_close(ours[:, part], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_arguments_may_be_on_the_host(monkeypatch, architecture):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that nobody reads a mask there
+    forward = build(architecture, "sequence", 2)
+    tensors = {key: tensor.to("meta") for key, tensor in forward.members.stacked.items()}
+    members = dataclasses.replace(forward.members, stacked=tensors, shared={})
+    away = build_encoder_forward(forward.model.to("meta"), members)
+    ids, mask = make_batch([3, 5], padding=1)
+    with torch.inference_mode():
+        found = away(ids, mask).logits, away.loop(ids, mask).logits
+    assert [(logits.device.type, logits.shape) for logits in found] == [("meta", (2, 2, 3))] * 2

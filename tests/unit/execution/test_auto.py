@@ -310,7 +310,10 @@ def refusals(execution):
         pytest.param({"sizes": (2,)}, RuntimeError, id="on the sample that would prove it"),
         *(
             pytest.param({"calls": 0}, error, id=f"at its first call with {error.__name__}")
-            for error in (RuntimeError, KeyError, NotImplementedError, AssertionError, LoadError)
+            for error in (
+                *(RuntimeError, KeyError, NotImplementedError, AssertionError, LoadError),
+                *(torch.AcceleratorError, torch.OutOfMemoryError, MemoryError),
+            )
         ),
     ],
 )

@@ -17,7 +17,7 @@ from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.build import build_encoder_forward
 from vmap_ensemble.errors import LoadError, SettingsError
-from vmap_ensemble.execution import register
+from vmap_ensemble.execution import build, register
 from vmap_ensemble.execution.build import build_execution
 from vmap_ensemble.execution.compiled import mode as compiled_mode
 from vmap_ensemble.execution.compiled.packages import CompiledForward
@@ -89,6 +89,19 @@ def test_compiled_on_a_gpu_is_compile_of_vmap(monkeypatch):
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [("cuda", "highest", ["highest"]), ("cuda", "high", ["high"]), ("cuda", None, []), ("cpu", "highest", [])],
+)
+def test_float32_on_a_gpu_is_computed_as_the_options_say(monkeypatch, device, precision, expected):
+    said = []
+    monkeypatch.setattr(build, "set_float32_precision", said.append)
+    forward = build_forward()
+    monkeypatch.setattr(StackedMembers, "device", torch.device(device))
+    build_execution("eager", forward, EXAMPLES, ExecutionOptions(float32_matmul_precision=precision))
+    assert said == expected
+
+
 def test_the_loop_of_a_model_that_can_not_be_copied_swaps_weights(caplog):
     class Locked(Net):
         def __init__(self):
@@ -156,7 +169,8 @@ def test_a_setting_is_checked_against_the_same_names():
         schema["enum"]
         == mode_names()
         == [
-            *("auto", "eager", "prepared", "compiled", "cudagraph"),
+            *("auto", "eager", "prepared", "compiled"),
+            *("branches", "compiled_branches", "cudagraph", "cudagraph_loop"),
             *("onnxruntime", "openvino", "reference"),
         ]
     )

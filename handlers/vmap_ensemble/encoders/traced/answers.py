@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vmap_ensemble.core.proof import TOLERANCE, Proof, compare_outputs
+from vmap_ensemble.core.proof import Proof, compare_outputs, default_tolerance
 from vmap_ensemble.encoders.traced.forward import OUTPUTS, TracedForward
 from vmap_ensemble.errors import LoadError
 
@@ -94,7 +94,7 @@ def prove_traced(
         expected = answers.outputs if arguments > 2 else answers.without_types
         names = OUTPUTS[len(expected)]
         theirs = {name: tensor.to(own.device) for name, tensor in zip(names, expected, strict=True)}
-        bound = tolerance or TOLERANCE.get(expected[0].dtype, TOLERANCE[torch.float32])
+        bound = tolerance or default_tolerance(expected[0].dtype, expected[0].device)
         leaves = [clear_padding(tensor, args[1], 0) for tensor in theirs.values()]
         got = {name: clear_padding(tensor, args[1], 1) for name, tensor in own(*args).items()}
         proofs.append(compare_outputs(own, got, [leaves], args, bound))

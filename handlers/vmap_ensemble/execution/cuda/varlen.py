@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend_varlen` takes tensors of this kind."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:

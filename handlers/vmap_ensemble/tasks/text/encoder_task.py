@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import Settings
@@ -15,7 +15,7 @@ from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import NotOffered, TooLargeItem
 from vmap_ensemble.tasks.answers import Options
 from vmap_ensemble.tasks.task import Asked, Place
-from vmap_ensemble.tasks.text.mode import Target
+from vmap_ensemble.tasks.text.mode import Target, pad_windows
 from vmap_ensemble.tasks.text.task import TextTask, argument_names
 from vmap_ensemble.tasks.text.windows import TextExample, positions_of, vocabulary_of
 
@@ -46,6 +46,11 @@ class EncoderTask(TextTask):
         if self.settings.captum_explanation and self.settings.embedding_name and self.mode.explains:
             self._make_explainer(forward)  # a wrong name is found here and not at the first explanation
         return forward
+
+    def collate(self, examples: Sequence[TextExample]) -> tuple[Tensor, ...]:
+        """Padded windows on the host: encoders' forwards find out there how long texts are, and move the tokens."""
+        windows = [window for example in examples for window in example.windows]
+        return tuple(pad_windows(windows, self.argument_names, self.pads))
 
     def quantise(self, forward: Forward, precision: Precision | None) -> Forward:
         """Weights rounded once, rows when they come: nothing is calibrated.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from transformers import (  # noqa: E402
 
 from bert_handler import BertEnsembleHandler  # noqa: E402
 from vmap_ensemble.errors import SettingsError  # noqa: E402
+from vmap_ensemble.tasks.text.encoder_task import EncoderTask  # noqa: E402
+from vmap_ensemble.tasks.text.windows import Window  # noqa: E402
 
 TEXT = "a sample text what is it ? the goal of life to be sarah lives in new york . great bad movie lon"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s", "##don"]
@@ -370,3 +373,15 @@ def test_a_number_of_labels_says_nothing_of_other_modes(serve, ask):
     assert ask(handler, [{"body": b"a [MASK]"}])[0][0] == 200
     handler, _, _ = serve("sequence_classification", CONFIGS["bert"](num_labels=2), num_labels="0")
     assert ask(handler, [{"body": b"a movie"}])[0][0] == 200
+
+
+def test_texts_stay_on_the_host_until_a_forward_has_seen_their_lengths():
+    windows = [
+        Window({"input_ids": ids, "attention_mask": [1] * len(ids)}, [(0, 1)] * len(ids), [], [])
+        for ids in ([5, 6], [7])
+    ]
+    names, pads = ["input_ids", "attention_mask"], {"input_ids": 1}
+    task = SimpleNamespace(argument_names=names, pads=pads, place=SimpleNamespace(device=torch.device("cuda")))
+    ids, mask = EncoderTask.collate(task, [SimpleNamespace(windows=windows)])
+    assert (ids.device.type, ids.tolist()) == ("cpu", [[5, 6], [7, 1]])
+    assert mask.tolist() == [[1, 1], [1, 0]]
