@@ -92,9 +92,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_archive(root / "reviews", states, settings)
     config.save_pretrained(folder / "pretrained")
     save_tokenizer(folder / "pretrained", WORDS)
-    rows = write_texts(200, 9)
+    rows = write_texts(120, 9)
     (root / "learn.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
-    lines = [{"text": text, "label": label} for text, label in write_texts(80, 10)]
+    lines = [{"text": text, "label": label} for text, label in write_texts(50, 10)]
     (root / "test.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return root
 
