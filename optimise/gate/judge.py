@@ -105,7 +105,7 @@ def judge(teacher: Teacher, made: Made, test: Told, unlike: Told | None) -> dict
 def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
     """State dicts as an archive of theirs would be run: with the teacher's settings, on its device.
 
-    In the mode that serves the teacher: another one, chosen anew on a busy machine, would make it a comparison of modes.
+    In the mode that serves the teacher: another, chosen anew on a busy machine, would make it a comparison of modes.
     Where what was made can't be run so, its own is measured.
     """
     try:
