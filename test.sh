@@ -7,9 +7,11 @@ source scripts/common.sh
 
 usage() {
     cat <<'TEXT'
-usage: ./test.sh [pytest arguments]
-Runs ruff, mypy, shellcheck and every test, a real TorchServe included. With arguments only pytest runs:
-./test.sh tests/unit, ./test.sh -k members, ./test.sh -x
+usage: ./test.sh                      every check and every test
+       ./test.sh --checks             ruff, mypy and shellcheck alone
+       ./test.sh --tests              every test alone, a real TorchServe included
+       ./test.sh [pytest arguments]   some tests, in one process: ./test.sh tests/unit, ./test.sh -k members, ./test.sh -x
+Every test runs in as many processes as there are cores, at most four; tests/conftest.py says what stays together.
 TEXT
 }
 
@@ -19,18 +21,38 @@ check() {
     "$@"
 }
 
-case ${1:-} in -h | --help) usage && exit 0 ;; esac
-scripts/setup.sh dev
-use_environment
-# Two threads: tests are small, and several processes share the cores.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-
-if (($# == 0)); then
+run_checks() {
+    local python_folders shell_files
     # Tests are not type-checked: they pass wrong types on purpose.
     mapfile -t python_folders < <(git ls-files -co --exclude-standard '*/*.py' | sed 's#/.*##' | sort -u | grep -v tests)
     mapfile -t shell_files < <(find . -maxdepth 2 \( -name '*.sh' -o -path './.ci/run' \) -not -path './.venv/*' | sort)
     check "ruff" ruff check .
     check "mypy" mypy "${python_folders[@]}"
     check "shellcheck" shellcheck -x "${shell_files[@]}"
-fi
-exec python -m pytest "$@"
+}
+
+# One thread each: two would wait for each other's core.
+run_tests() {
+    local cores
+    cores=$(nproc)
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest \
+        --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope --no-loadscope-reorder
+}
+
+case ${1:-} in -h | --help) usage && exit 0 ;; esac
+scripts/setup.sh dev
+use_environment
+
+case "$*" in
+    "")
+        run_checks
+        run_tests
+        ;;
+    --checks) run_checks ;;
+    --tests) run_tests ;;
+    *)
+        # Two threads: tests are small.
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+        exec python -m pytest "$@"
+        ;;
+esac

@@ -12,10 +12,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from archiver.blocks import ArchiveRequest, check_files, make_request, read_blocks
+from archiver.blocks.read import read_blocks
 from archiver.command_line import overrides_of, parse_arguments
 from vmap_ensemble.errors import ArchiveError, EnsembleError, NetworkError
+
+if TYPE_CHECKING:
+    from archiver.blocks.request import ArchiveRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
     blocks = read_blocks(options.config, only) if options.config.is_file() or not options.members else {}
     if options.list:
         return _list(blocks, options.output)
+    from archiver.blocks.request import check_files, make_request  # with pydantic, which a list needs not
+
     names = list(blocks) if options.all else options.name
     if not names:
         raise ArchiveError(f"{options.config.name}: holds no blocks")
@@ -79,7 +85,7 @@ def _check(options: argparse.Namespace) -> int:
             raise ArchiveError(f"{path}: no such file")
     from rich.console import Console
 
-    from archiver.check import check_archive  # here: it imports torch
+    from archiver.checking.check import check_archive  # here: it imports torch
 
     check_archive(mar, rest[0] if rest else None, Console(), options.debug)
     return 0

@@ -12,9 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from archiver.blocks import ArchiveRequest, check_files
-from archiver.check import load_stage
-from archiver.claims import (
+from archiver.blocks.handler_facts import architecture_of, check_block, load_handler
+from archiver.blocks.request import ArchiveRequest, check_files
+from archiver.blocks.worker_config import config_name, describe_worker, read_worker_config
+from archiver.checking.check import load_stage
+from archiver.checking.precision import check_precision, judge_precision
+from archiver.members.claims import (
     claimed_architecture,
     claimed_classes,
     claimed_transforms,
@@ -22,23 +25,20 @@ from archiver.claims import (
     note_on_input,
     stage_labels,
 )
-from archiver.compile import check_compiler, compile_archive
-from archiver.guess import describe_assumption
-from archiver.handler_facts import architecture_of, check_block, load_handler
-from archiver.kernels import add_kernels
-from archiver.onnx_graph import check_exporter, pack_graph
-from archiver.pack import pack_archive, settings_of, target_path
-from archiver.precision import check_precision, judge_precision
-from archiver.preprocessing import claimed_preprocessing
-from archiver.pretrained import check_heads, check_num_labels, choose_pretrained, stage_pretrained
+from archiver.members.guess import describe_assumption
+from archiver.members.preprocessing import claimed_preprocessing
+from archiver.members.resolve import resolve_members
+from archiver.members.survey import Survey, survey_members
+from archiver.packing.compile import check_compiler, compile_archive
+from archiver.packing.kernels import add_kernels
+from archiver.packing.onnx_graph import check_exporter, pack_graph
+from archiver.packing.pack import pack_archive, settings_of, target_path
 from archiver.report import show_archive, show_kernels, show_note, show_precision, show_survey, show_traced
-from archiver.resolve import resolve_members
-from archiver.sentence import join_sentence_models
 from archiver.source import Source
-from archiver.survey import Survey, survey_members
-from archiver.tokenizers import check_tokenizer, fit_tokenizer, set_lower_case
-from archiver.traced import TracedMembers, is_traced, survey_traced, trace_directories
-from archiver.worker_config import config_name, describe_worker, read_worker_config
+from archiver.texts.pretrained import check_heads, check_num_labels, choose_pretrained, stage_pretrained
+from archiver.texts.sentence import join_sentence_models
+from archiver.texts.tokenizers import check_tokenizer, fit_tokenizer, set_lower_case
+from archiver.texts.traced import TracedMembers, is_traced, survey_traced, trace_directories
 from vmap_ensemble.archive.settings import known_keys, parse_settings
 from vmap_ensemble.errors import ArchiveError, OtherArchitecture
 from vmap_ensemble.models.architecture import TRANSFORMERS, build_architecture
@@ -74,7 +74,7 @@ def build_archive(request: ArchiveRequest, output: Path, force: bool, console: C
     handler = load_handler(request.handler)
     where = f"setup_config.json, block '{request.name}'"
     check_block(request.settings, handler, where)
-    check_precision(request, parse_settings(request.settings, handler.settings_class, where))
+    check_precision(handler, request, parse_settings(request.settings, handler.settings_class, where))
     with tempfile.TemporaryDirectory(prefix="archive-") as scratch:
         return _build(request, handler, Path(scratch), target, console, debug)
 

@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
         (),
         "cut the same channels from all members: prune MAR --data DIR",
     ),
+    "quantise": ("optimise.quantise.command", (), "encoders in 8 bits: quantise MAR --samples DATA --output MAR"),
+    "demo": ("vmap_ensemble.frontends.demo.command", (), "a page on 127.0.0.1 to try an archive with: demo MAR"),
     "health": ("vmap_ensemble.frontends.health", (), "ask a server for one real prediction: health URL --input FILE"),
 }
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from archiver.precision import describe
-from archiver.survey import Survey
-from archiver.traced import TracedMembers
+from archiver.checking.precision import describe
+from archiver.members.survey import Survey
+from archiver.texts.traced import TracedMembers
 from vmap_ensemble.archive.manifest import Manifest, hash_file
 from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.process.device import DTYPES

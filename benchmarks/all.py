@@ -15,16 +15,17 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks import report
 from benchmarks.jobs import JOBS, Job
-from benchmarks.measuring.measure import describe_machine
 from benchmarks.reporting.results import FOLDER, ROOT, chip_slug
 
 
 def slug_of(job: Job) -> str:
     """The chip that a job measures, as part of its file's name."""
+    import torch
+
+    from benchmarks.measuring.measure import describe_machine
+
     return chip_slug(describe_machine(torch.device("cuda" if job.gpu else "cpu")))
 
 
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(job.command for job in jobs))
         return 0
     FOLDER.mkdir(exist_ok=True)
+    import torch  # after the arguments, and where something is measured
+
     if not torch.cuda.is_available():
         jobs = [job for job in jobs if not job.gpu]
     codes = [run_job(job, slug_of(job)) for job in jobs]

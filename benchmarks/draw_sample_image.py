@@ -3,12 +3,14 @@
 python -m benchmarks.draw_sample_image
 """
 
-from pathlib import Path
+import argparse
+import sys
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-IMAGE_PATH = Path(__file__).resolve().parent.parent / "data" / "images" / "sample.jpg"
+from benchmarks.options import SAMPLE_IMAGE
+
 WIDTH, HEIGHT = 640, 480
 
 
@@ -31,7 +33,17 @@ def draw_landscape(seed: int = 0) -> Image.Image:
     return Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Draw and write the picture."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m benchmarks.draw_sample_image", description="Draw data/images/sample.jpg."
+    )
+    parser.parse_args(arguments)
+    SAMPLE_IMAGE.parent.mkdir(parents=True, exist_ok=True)
+    draw_landscape().save(SAMPLE_IMAGE, quality=80)
+    print(SAMPLE_IMAGE)
+    return 0
+
+
 if __name__ == "__main__":
-    IMAGE_PATH.parent.mkdir(parents=True, exist_ok=True)
-    draw_landscape().save(IMAGE_PATH, quality=80)
-    print(IMAGE_PATH)
+    sys.exit(main())

@@ -12,65 +12,28 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from benchmarks.forward import Cell, measure_cells, report_differences
-from benchmarks.measuring.measure import describe_machine, describe_versions, write_json
-from benchmarks.measuring.networks import NETWORKS, Network, encoder_network, image_network
-
-MEMBERS, BATCH = 2, 1
-RIVALS = ["loop", "stock_vmap", "ours_auto"]
-PUBLISHED_ON = "a GPU of 2022, the loop with its host's part"
-# Name -> network, and the published ratio of loop to vmap.
-SETTINGS: dict[str, tuple[Network, float]] = {
-    "mnist": (NETWORKS["mnist"], 17.0),
-    "resnet18": (image_network("resnet18", side=720), 15.7),
-    "bert": (encoder_network("bert-base shape", layers=12, hidden=768, tokens=10), 1.79),
-}
+from benchmarks.options import SEEDS
 
 
-def measure_settings(names: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Cells of `forward`, each with the published ratio."""
-    cells = measure_cells([Cell(SETTINGS[name][0], MEMBERS, BATCH) for name in names], RIVALS, seconds)
-    return [
-        {**cell, "setting": name, "published_ratio": SETTINGS[name][1], "published_on": PUBLISHED_ON}
-        for name, cell in zip(names, cells, strict=True)
-    ]
-
-
-def print_table(cells: list[dict[str, Any]]) -> None:
-    """Print the ratios of loop to vmap, here and published."""
-    print(f"\nloop / vmap, {MEMBERS} members, batch {BATCH}; published: on {PUBLISHED_ON}: not the same hardware")
-    print(f"{'':34}{'stock vmap':>12}{'ours':>10}{'published':>12}")
-    for cell in cells:
-        ratios = {row["rival"]: row.get("ratio") for row in cell["rows"]}
-        cells_ = "".join(
-            f"{ratios[name]:{width}.2f}x" if ratios.get(name) else f"{'-':>{width + 1}}"
-            for name, width in (("stock_vmap", 11), ("ours_auto", 9))
-        )
-        print(f"{cell['network']:34}{cells_}{cell['published_ratio']:11.2f}x")
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with 2 when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m benchmarks.seeds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="+", choices=SEEDS, default=list(SEEDS), help="which")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; without it, torch decides")
+    parser.add_argument("--seconds", type=float, default=20.0, help="about how long to measure each")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 where numbers differ from the loop's."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog="python -m benchmarks.seeds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="which")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long to measure each")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    machine = {**describe_machine(torch.device("cpu")), **describe_versions("torchvision", "transformers")}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    cells = measure_settings(options.settings, options.seconds)
-    print_table(cells)
-    if options.json:
-        write_json(options.json, machine, [], table="seeds", cells=cells)
-    return report_differences(cells)
+    options = parse_arguments(arguments)
+    from benchmarks.runs.seeds import run  # after the arguments: it imports torch
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     vmap-ensemble export model_store/resnet_ens.mar --to onnx --output ens.onnx
     vmap-ensemble export model_store/resnet_ens.mar --to pt2 --output ens.pt2
+    vmap-ensemble export model_store/resnet_ens.mar --to sagemaker --output model.tar.gz
 
-The file is read again and compared with the ensemble before it is there.
+A graph is read again and compared with the ensemble before it is there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ predictive_entropy, expected_entropy, mutual_information (nats), agreement (batc
 """
 # Largest difference of any output to the ensemble's that a file may have.
 TOLERANCE = 1e-4
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "sagemaker": ".tar.gz"}
+# Options for SageMaker, and their defaults; what is none by default may stay so.
+REPLICA = {"batch-size": 8, "cpus": 1, "gpus": 0}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line; exits with 2 when it makes no sense."""
     parser = argparse.ArgumentParser(
         prog="vmap-ensemble export",
-        description="Write all members with their aggregation as one file, for ONNX's runtimes or torch.export's.",
+        description="Write all members with their aggregation as one file, for other runtimes or for SageMaker.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -59,8 +62,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--to", choices=tuple(SUFFIXES), required=True, help="the format")
     add("--output", type=Path, required=True, metavar="FILE", help="such as ens.onnx")
     add("--force", action="store_true", help="replace a file that exists")
+    sagemaker = parser.add_argument_group("sagemaker", "what config.yaml says of a replica")
+    for name, default in REPLICA.items():
+        sagemaker.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
     options = parser.parse_args(arguments)
-    if options.output.suffix != SUFFIXES[options.to]:
+    for name, default in REPLICA.items():
+        given, least = getattr(options, name.replace("-", "_")), min(1, default)
+        if given < least:
+            parser.error(f"--{name}: expected {least} or more, got {given}")
+    if not options.output.name.endswith(SUFFIXES[options.to]):
         parser.error(f"--output: expected a name that ends in {SUFFIXES[options.to]}, got {options.output.name}")
     return options
 
@@ -74,12 +84,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.output.exists() and not options.force:
         raise EnsembleError(f"{options.output.name}: exists; --force replaces it")
+    if options.to == "sagemaker":
+        return _write_for_sagemaker(options)
     from vmap_ensemble.ensemble import Ensemble  # what follows imports torch
 
     ensemble = Ensemble.load(options.archive, execution="eager", device="cpu", dtype="fp32")
     exported = export(ensemble, options.to, options.output)
     _report(options.output, ensemble, exported)
     _show(options.output, ensemble, exported)
+    return 0
+
+
+def _write_for_sagemaker(options: argparse.Namespace) -> int:
+    from optimise.sagemaker import Deployment, write_model
+
+    own = Deployment(options.archive.stem, options.batch_size, options.cpus, options.gpus)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    size = write_model(options.archive, options.output, own)
+    print(f"{options.output.name}: {size / 2**20:.1f} MiB, to be unpacked to /opt/ml/model")
     return 0
 
 

@@ -23,17 +23,23 @@ exit codes: 0 done, 1 refused or beyond the gate, 2 wrong usage, 130 stopped
 
 
 def add_data(parser: argparse.ArgumentParser, maker: str) -> None:
-    """What is read, and where what is made goes."""
+    """What is learnt from, what is read beside it, and where what is made goes."""
     add = parser.add_argument
     add("archive", type=Path, metavar="MAR", help="what ./archive.sh built")
     add("--data", type=Path, required=True, metavar="DATA", help=f"what the {maker} learns from")
     add("--output", type=Path, required=True, metavar="DIR", help=f"folder of the {maker}")
     add("--test", type=Path, metavar="DATA", help="what it is judged by; else a part of --data is held out")
+    add("--held-out", type=float, default=0.1, metavar="S", help="share of --data that decides when to stop (0.1)")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How data are read, and what the uncertainty is judged by."""
+    add = parser.add_argument
     add("--unlike", type=Path, metavar="DATA", help="inputs of another kind, which the uncertainty is to tell")
     add("--column", metavar="NAME", help="column of a table that holds paths of images, or texts")
     add("--label-column", metavar="NAME", help="column of a table that holds labels; 'label' by default")
     add("--unlabelled", action="store_true", help="look for no labels; folders are no labels")
-    add("--held-out", type=float, default=0.1, metavar="S", help="share of --data that decides when to stop (0.1)")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -70,18 +76,20 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse values that make no sense; exits with 2."""
+    """Refuse values that make no sense, of the options that the tool has; exits with 2."""
+    given = vars(options)
     for name, least in (("epochs", 1), ("patience", 1), ("batch_size", 2), ("threads", 1), ("workers", 0)):
-        value = getattr(options, name)
+        value = given.get(name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
     for name in ("lr", "temperature"):
-        value = getattr(options, name)
+        value = given.get(name)
         if value is not None and not value > 0:
             parser.error(f"--{name}: expected a number above 0, got {value}")
-    if options.label_weight is not None and not 0 <= options.label_weight <= 1:
-        parser.error(f"--label-weight: expected a share from 0 to 1, got {options.label_weight}")
-    if not 0 < options.held_out <= 0.4:
+    share = given.get("label_weight")
+    if share is not None and not 0 <= share <= 1:
+        parser.error(f"--label-weight: expected a share from 0 to 1, got {share}")
+    if "held_out" in given and not 0 < options.held_out <= 0.4:
         parser.error(f"--held-out: expected a share above 0, at most 0.4, got {options.held_out}")
 
 

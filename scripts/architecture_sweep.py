@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from archiver import HANDLERS
-from archiver.blocks import make_request
+from archiver.blocks.request import make_request
 from archiver.build import build_archive
 from vmap_ensemble.core.proof import TOLERANCE as PROVED
 from vmap_ensemble.ensemble import Ensemble

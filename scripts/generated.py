@@ -7,16 +7,20 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
-def write_or_check(pages: Mapping[str, Callable[[], str]], command: str, description: str | None) -> int:
+def write_or_check(
+    pages: Mapping[str, Callable[[], str]], command: str, description: str | None, folder: Path = DOCS
+) -> int:
     """Run a command line that takes `--check` alone.
 
     Args:
-        pages: File name below docs/ -> what makes its text.
+        pages: File name below the folder -> what makes its text.
         command: What is run to write them, for the message.
         description: Of the command.
+        folder: Where the files are.
 
     Returns:
         The exit code.
@@ -28,10 +32,10 @@ def write_or_check(pages: Mapping[str, Callable[[], str]], command: str, descrip
     check = parser.parse_args().check
     code = 0
     for name, make in pages.items():
-        path, text = DOCS / name, make()
+        path, text = folder / name, make()
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            print(f"docs/{name} is out of date; run {command}", file=sys.stderr)
+            print(f"{path.relative_to(ROOT)} is out of date; run {command}", file=sys.stderr)
             code = 1
     return code

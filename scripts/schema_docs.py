@@ -23,25 +23,6 @@ from vmap_ensemble.client import bodies
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 # What a body is, at its outermost.
 BODIES = (bodies.Answer, bodies.Error, bodies.KServeV1, bodies.KServeV2, bodies.Explanation)
-# What ./archive.sh reads itself: archiver/blocks.py; key -> schema.
-_PATH, _FLAG = {"type": "string"}, {"type": "boolean"}
-_PATHS = {"anyOf": [_PATH, {"type": "array", "items": _PATH}]}
-ARCHIVER: dict[str, dict[str, Any]] = {
-    "members": {
-        "anyOf": [_PATH, {"type": "array", "items": _PATH}, {"type": "object", "additionalProperties": _PATH}]
-    },
-    "labels": _PATH,
-    "model_config": _PATH,
-    "extra_files": {"type": "array", "items": _PATH},
-    "model_file": _PATH,
-    "version": {"type": ["string", "number"]},
-    "allow_nan": _FLAG,
-    "pretrained": _PATH,
-    "library_path": _PATH,
-    "samples": _PATHS,
-    "max_changed_predictions": {"type": "number", "minimum": 0, "maximum": 1},
-    "checkpoint_weights": _PATH,
-}
 # Header -> what it asks for.
 HEADERS = {
     "X-Ensemble-Detail": ("`members`: what each member says", {"const": "members"}),
@@ -61,12 +42,14 @@ STATUSES = {
 
 def setup_config_schema() -> dict[str, Any]:
     """The schema of setup_config.json: archive name -> block; which keys a block may have depends on its handler."""
+    from archiver.blocks.block import Block
     from scripts.settings_docs import DOCUMENTED
     from vmap_ensemble.archive.settings import WORKER_KEYS
 
     properties: dict[str, Any] = {}
     definitions: dict[str, Any] = {}
-    for kind in DOCUMENTED.values():
+    kinds: tuple[Any, ...] = (Block, *DOCUMENTED.values())
+    for kind in kinds:
         schema = TypeAdapter(kind).json_schema()
         definitions |= schema.get("$defs", {})
         for key, value in schema["properties"].items():
@@ -80,7 +63,7 @@ def setup_config_schema() -> dict[str, Any]:
         "properties": {"$schema": {"type": "string"}},
         "additionalProperties": {
             "type": "object",
-            "properties": {**ARCHIVER, **properties},
+            "properties": properties,
             "additionalProperties": True,  # settings of handlers of one's own
         },
         **({"$defs": definitions} if definitions else {}),

@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
     cat <<'TEXT'
-usage: scripts/setup.sh [dev] [bert] [bench] [demo] [docs] [onnx] [prune]
+usage: scripts/setup.sh [dev] [bert] [bench] [demo] [docs] [onnx] [page] [prune]
 Makes .venv with what serving needs, plus the named groups (requirements-GROUP.txt). Log: .run/setup.log
 PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12); otherwise the first of python3.11,
 python3.12, python3.10, python3 that fits is taken.
@@ -81,8 +81,8 @@ main() {
     for group in "$@"; do
         case $group in
             -h | --help) usage && return 0 ;;
-            dev | bert | bench | demo | docs | onnx) ;;
-            *) fail "unknown group $group: expected dev, bert, bench, demo, docs or onnx" ;;
+            dev | bert | bench | demo | docs | onnx | page | prune) ;;
+            *) fail "unknown group $group: expected dev, bert, bench, demo, docs, onnx, page or prune" ;;
         esac
     done
     make_environment

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from ts.context import Context, RequestProcessor
 
 from mnist_handler import MnistHandler
 from vmap_ensemble.archive.manifest import Manifest, hash_file
@@ -20,9 +19,31 @@ from vmap_ensemble.core.members import Member
 from vmap_ensemble.core.states import find_ties
 from vmap_ensemble.models.mnist import MnistNet
 
+SERVERS = "tests/server/"
+
 
 def pytest_configure():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(SERVERS))  # the longest part of `-n` begins first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Say what `-n` may split: a file stays whole for its fixtures' sake, and one process starts all servers.
+
+    A server's ports are free when they are chosen and taken seconds later, so another process could take them; and a
+    server beside another has half a core. Marks of groups won't do: pytest 9.2 reads no ids that xdist 3.8 writes.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return SERVERS if nodeid.startswith(SERVERS) else nodeid.partition("::")[0]
+
+    return Scheduler(config, log)
 
 
 def write_archive(folder, states, settings=None, shared=None):
@@ -58,15 +79,17 @@ def seeded(build, seed):
 
 
 def real_context(folder, metrics=None, config=None):
-    """TorchServe's own context of a worker that has unpacked an archive."""
-    return Context("ens", str(folder), {}, 8, None, "0.12", metrics=metrics, model_yaml_config=config or {})
+    """TorchServe's own context of a worker that has unpacked an archive; TorchServe ends with Python 3.12."""
+    ts = pytest.importorskip("ts.context")
+    return ts.Context("ens", str(folder), {}, 8, None, "0.12", metrics=metrics, model_yaml_config=config or {})
 
 
 def send(handler, rows, headers=None):
     """Hand a batch to a handler as TorchServe does; [(status, JSON)]."""
+    ts = pytest.importorskip("ts.context")
     context = handler.context
     headers = headers or [{} for _ in rows]
-    context.request_processor = [RequestProcessor(dict(h)) for h in headers]
+    context.request_processor = [ts.RequestProcessor(dict(h)) for h in headers]
     context.request_ids = {i: f"id{i}" for i in range(len(rows))}
     texts = handler.handle(rows, context)
     for text in texts:
@@ -85,15 +108,15 @@ def encode(array, kind="PNG", **options):
 @pytest.fixture(scope="session")
 def ft_library():
     """The FasterTransformer library, built and loaded; tests that need it skip where there is no compiler."""
-    from fastertransformer import build
+    from fastertransformer import library
     from vmap_ensemble.encoders.traced.library import load_ft_library
 
     try:
-        build.find_compiler()
-    except build.BuildError as error:
+        library.find_compiler()
+    except library.BuildError as error:
         pytest.skip(str(error))
     # FT_LIBRARY: a build of one's own, such as one with AddressSanitizer.
-    path = Path(os.environ.get("FT_LIBRARY") or build.ensure_library())
+    path = Path(os.environ.get("FT_LIBRARY") or library.ensure_library())
     load_ft_library(path)
     return path
 

@@ -20,7 +20,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from training.bert import SPLITS, DemoError
+from training.options import SPLITS
+from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.process.outcome import exit_code
 
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -34,7 +35,7 @@ def read_sentences(package: Path) -> list[tuple[str, str]]:
     """Label and text of all sentences that people found to be one or the other.
 
     Raises:
-        DemoError: It is no such package.
+        EnsembleError: It is no such package.
     """
     try:
         with zipfile.ZipFile(package) as archive:
@@ -45,7 +46,7 @@ def read_sentences(package: Path) -> list[tuple[str, str]]:
             table = files.extractfile(name)
             lines = table.read().decode("utf-8", "replace").splitlines() if table else []
     except (OSError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise DemoError(f"{package.name}: expected vaderSentiment-0.5.zip with {INNER} ({error})") from None
+        raise EnsembleError(f"{package.name}: expected vaderSentiment-0.5.zip with {INNER} ({error})") from None
     rows = [line.split("\t", 2) for line in lines]
     rated = [(float(row[1]), " ".join(row[2].split())) for row in rows if len(row) == 3]
     return [(LABELS[rating > 0], text) for rating, text in rated if abs(rating) >= LEAST_RATING and text]

@@ -43,6 +43,13 @@ class Timing:
     p90_ms: float
 
 
+def use_threads(count: int | None) -> int:
+    """Let torch use this number of threads, or as many as it decides itself; returns how many."""
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Say what a figure was measured on: processor, cores, threads, accelerator and versions."""
     machine: dict[str, Any] = {

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.mnist import TrainingSettings, train_member
-from training.mnist_data import SAMPLE_DIR, load_digits, normalise
+from training.runs.mnist import TrainingSettings, train_member
+from training.runs.mnist_data import SAMPLE_DIR, load_digits, normalise
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.models.mnist import MnistNet

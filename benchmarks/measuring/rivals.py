@@ -175,20 +175,3 @@ class Rivals:
         execution = build_execution(mode, forward, [self.args], options or ExecutionOptions())
         self.notes[name or f"ours_{mode}"] = f"{execution.name}: {execution.reason}"
         return lambda: to_tensor(execution(*self.args))
-
-
-RIVALS = (
-    "loop",
-    "loop_compiled",
-    "onnxruntime_per_member",
-    "onnxruntime_one_graph",
-    "openvino",
-    "stock_vmap",
-    "ours_eager",
-    "ours_prepared",
-    "ours_compiled",
-    "ours_ahead_of_time",
-    "ours_cudagraph",
-    "ours_auto",
-    "ours_auto_onnx",
-)

@@ -39,7 +39,6 @@ class Subject:
         read_image: one picture -> (1, ...) float32 input.
         to_probabilities: (B, C) outputs -> (B, C) probabilities.
         labels: C names.
-        image_path: picture to use by default.
         model_path: checkpoints to use by default, where they are there.
     """
 
@@ -48,33 +47,7 @@ class Subject:
     read_image: Callable[[Image.Image], Tensor]
     to_probabilities: Callable[[Tensor], Tensor]
     labels: list[str]
-    image_path: Path
     model_path: Path | None = None
-
-
-def build_parser(subject: Subject, prog: str) -> argparse.ArgumentParser:
-    """Describe the command line that both comparisons share."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog=prog,
-        description=f"Time {subject.title} members one after another against one vmapped ensemble.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--image_path", type=Path, default=subject.image_path, help="picture to classify")
-    add("--num_models", type=int, default=2, help="members of the ensemble")
-    add(
-        "--model_path", type=Path, nargs="+", default=None,
-        help="checkpoints or a folder of them; where they are fewer than the members, the others are "
-        "perturbed copies; without it: members trained here, or else seeded fresh weights",
-    )  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--batch_size", type=int, default=1, help="times the picture is in the batch")
-    add("--warmup", type=int, default=100, help="calls that are not counted")
-    add("--iterations", type=int, default=1000, help="calls that are counted")
-    add("--threads", type=int, default=None, help="threads of torch on the CPU")
-    add("--json", type=Path, metavar="FILE", default=None, help="write the figures to this file")
-    return parser
 
 
 def perturb(state: Mapping[str, Tensor], seed: int) -> State:
@@ -170,9 +143,8 @@ def compare_outputs(ours: Tensor, reference: Tensor) -> dict[str, float | bool]:
 
 
 @torch.inference_mode()
-def compare(subject: Subject, options: argparse.Namespace) -> int:
+def compare(subject: Subject, options: argparse.Namespace, device: torch.device) -> int:
     """Run one comparison; returns the exit code: 1 where the numbers differ beyond the tolerance."""
-    device = torch.device(options.device)
     machine = describe_machine(device)
     states, source = gather_states(subject, options.model_path, options.num_models)
     modules = build_members(subject, states, device)
@@ -211,32 +183,27 @@ def compare(subject: Subject, options: argparse.Namespace) -> int:
     return 0
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Refuse counts that make no sense.
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; without one a GPU where there is one, else the CPU.
 
     Raises:
-        EnsembleError: with the option, the rule and what was given.
+        EnsembleError: torch can't use it here.
     """
-    for name, least in (("num_models", 1), ("batch_size", 1), ("warmup", 0), ("iterations", 1)):
-        if getattr(options, name) < least:
-            raise EnsembleError(f"--{name}: expected {least} or more, got {getattr(options, name)}")
-    if options.threads is not None and options.threads < 1:
-        raise EnsembleError(f"--threads: expected 1 or more, got {options.threads}")
     try:
-        torch.empty(0, device=options.device)
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise EnsembleError(f"--device {options.device}: torch can't use it here ({reason})") from error
+        raise EnsembleError(f"--device {name}: torch can't use it here ({reason})") from error
 
 
 def run_comparison(subject: Subject, options: argparse.Namespace) -> int:
     """Check the options and compare; errors become one line and exit code 2."""
     try:
-        check_options(options)
+        device = find_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
         keep_freed_memory()  # as a worker does
-        return compare(subject, options)
+        return compare(subject, options, device)
     except EnsembleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

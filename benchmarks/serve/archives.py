@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision import transforms
 
-from archiver.blocks import make_request
+from archiver.blocks.request import make_request
 from archiver.build import build_archive
 from benchmarks.draw_sample_image import draw_landscape
 from benchmarks.serve.stock.resnet18 import Network

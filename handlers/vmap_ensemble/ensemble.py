@@ -189,7 +189,9 @@ class Ensemble:
         place = dataclasses.replace(place, folder=folder, manifest=manifest)
         made = task(checked, place)
         members = dataclasses.replace(stack_members(fitted, place.device, place.dtype), members=manifest.members)
-        forward = made.join(copy.deepcopy(model).eval(), members)
+        forward: Forward = made.join(copy.deepcopy(model).eval(), members)
+        if getattr(checked, "quantization", None):
+            forward = made.quantise(forward, None if folder is None else read_precision(folder))
         args = tuple(_move(arg, place) for arg in args)
         if not args:
             run = ProvedAtFirst(forward)

@@ -91,8 +91,17 @@ class Windows(IterableDataset[Window]):
             number += 1
             # DataLoader asks its workers in turn, so the windows come back in order.
             if number >= self.skip and (number - self.skip) % workers == turn:
-                examples = self._parse([row.item for row in window], parallel=worker is None)
-                yield Window([row.name for row in window], examples if worker is None else _joined(examples))
+                parsed = self.parse(window, parallel=worker is None)
+                yield parsed if worker is None else Window(parsed.names, _joined(parsed.examples))
+
+    def parse(self, window: Sequence[Row], parallel: bool = True) -> Window:
+        """The rows of one window, opened and parsed.
+
+        Args:
+            window: `size` rows, or fewer at the end.
+            parallel: Whether the task may use its threads.
+        """
+        return Window([row.name for row in window], self._parse([row.item for row in window], parallel))
 
     def _parse(self, items: list[Any], parallel: bool) -> list[Any]:
         opened = [_attempt(open_item, item) for item in items]

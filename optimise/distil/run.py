@@ -13,7 +13,7 @@ from optimise.errors import OptimiseError
 from optimise.examples.sources import Sources, ask_all, facts_of, open_sources
 from optimise.examples.teacher import Teacher
 from optimise.gate.judge import Made, settings_of
-from optimise.gate.verdict import finish, forget_verdict
+from optimise.gate.verdict import finish, forget_verdict, tell_how_to_pack
 from optimise.output.work import opened
 from optimise.progress import progress_bar, train
 from vmap_ensemble.archive.settings import read_block
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         settings = settings_of(read_block(folder), teacher, options.architecture, len(states))
         made = Made("student", student.model, states, settings, new)
         name, told = f"{teacher.settings.name}_{options.to}", {"to": options.to, **training.facts()}
-        return finish(options, teacher, folder, made, parts, name, told, training.history)
+        return tell_how_to_pack(name, finish(options, teacher, folder, made, parts, name, told, training.history))
 
 
 def recipe_of(options: argparse.Namespace, teacher: Teacher) -> Recipe:

@@ -43,6 +43,8 @@ class Parts:
 def open_sources(options: argparse.Namespace, teacher: Teacher) -> Sources:
     """All inputs, checked as a whole before anything is written."""
     task = teacher.task
+    if getattr(teacher.settings, "quantization", None):
+        raise OptimiseError(f"'{teacher.settings.name}': is quantised; take the archive without 'quantization'")
     classes = Classes(teacher.classes, task.labels)
     keys = task.item_keys or () if task.reads_texts else ()
     columns = Columns(options.column, options.label_column, not options.unlabelled, task.reads_texts, keys)
@@ -74,7 +76,14 @@ def facts_of(options: argparse.Namespace, teacher: Teacher, sources: Sources) ->
 
 
 def ask_all(
-    tool: str, options: argparse.Namespace, teacher: Teacher, sources: Sources, work: Path, progress: Progress
+    tool: str,
+    options: argparse.Namespace,
+    teacher: Teacher,
+    sources: Sources,
+    work: Path,
+    progress: Progress,
+    *,
+    learns: bool = True,
 ) -> Parts:
     """Ask the ensemble about everything, once however often a run goes on.
 
@@ -85,6 +94,7 @@ def ask_all(
         sources: What about.
         work: Where it is kept.
         progress: Gets a bar per part.
+        learns: Whether something is trained; else all examples are there to judge by.
 
     Raises:
         OptimiseError: Too few examples can be read.
@@ -105,6 +115,8 @@ def ask_all(
             f"{options.data}: {len(told or ())} examples can be read; expected at least {LEAST_EXAMPLES}"
         )
     skipped = sum(part.skipped[1] for part in (told, test, unlike) if part is not None)
+    if not learns:
+        return Parts(told, told, told if test is None else test, unlike, skipped)
     return _split(told, test, unlike, options, skipped)
 
 

@@ -82,7 +82,7 @@ class Teacher:
         ensemble: What is asked.
 
     Raises:
-        OptimiseError: It is no such ensemble, or it is quantised.
+        OptimiseError: It is no such ensemble.
 
     Attributes:
         inputs: How examples lie on the disk, and become arguments.
@@ -96,8 +96,6 @@ class Teacher:
         if not self.task.combines_classes or not isinstance(forward, EnsembleForward):
             told = f"'{self.settings.name}': expected classifiers of images, tensors or texts"
             raise OptimiseError(f"{told}; what {type(self.task).__name__} answers can't be learnt yet")
-        if getattr(self.settings, "quantization", None):
-            raise OptimiseError(f"'{self.settings.name}': is quantised; take the archive without 'quantization'")
         self.forward: EnsembleForward = forward
         self.device, self.dtype = self.task.place.device, self.task.place.dtype
         self.inputs = inputs_of(self.task)

@@ -108,14 +108,16 @@ def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
     In the mode that serves the teacher: another, chosen anew on a busy machine, would make it a comparison of modes.
     Where what was made can't be run so, its own is measured.
     """
+    if made.settings.get("quantization"):  # which has one way to run
+        return _run(teacher, made, like, {})
     try:
-        return _run(teacher, made, like, teacher.ensemble.execution.name)
+        return _run(teacher, made, like, {"execution": teacher.ensemble.execution.name})
     except LoadError:
-        return _run(teacher, made, like, "auto")
+        return _run(teacher, made, like, {"execution": "auto"})
 
 
-def _run(teacher: Teacher, made: Made, like: Tensor, execution: str) -> Ensemble:
-    run = {"execution": execution, "dtype": teacher.settings.dtype}
+def _run(teacher: Teacher, made: Made, like: Tensor, execution: Mapping[str, str]) -> Ensemble:
+    run = {"dtype": teacher.settings.dtype, **execution}
     on_host = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in made.states.items()}
     return Ensemble.of(
         made.model.cpu(),
@@ -160,7 +162,7 @@ def _column(of: Teacher, judged: Judged, labels: Tensor, ensemble: Tensor) -> Co
         mutual_information=information.mean().item() if has_members else None,
         auroc=auroc,
         parameters=sum({id(tensor): tensor.numel() for tensor in members.tensors()}.values()),
-        size_mib=members.size_bytes() / 2**20,
+        size_mib=of.forward.size_bytes / 2**20,
     )
 
 

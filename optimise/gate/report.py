@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8)
-COLUMNS = ("mean member", "ensemble", "student", "pruned")
+COLUMNS = ("mean member", "ensemble", "student", "pruned", "quantised")
 
 
 @dataclass(frozen=True)

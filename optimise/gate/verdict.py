@@ -38,8 +38,8 @@ def finish(
     name: str,
     told: Mapping[str, Any],
     history: list[tuple[float, float]],
-) -> int:
-    """Judge, write and show; returns 0.
+) -> Path:
+    """Judge, write and show; returns the block that packs it.
 
     Args:
         options: Output, limits and force of the command.
@@ -68,7 +68,11 @@ def finish(
             f"refused: {reason}. The members are in {options.output}, without the setup_config.json that packs "
             "them; --force writes it"
         )
-    block = write_block(options.output, archive, name, made.settings, files, made.folder)
+    return write_block(options.output, archive, name, made.settings, files, made.folder)
+
+
+def tell_how_to_pack(name: str, block: Path) -> int:
+    """The command's last line; returns its exit code."""
     print(f"pack it: ./archive.sh {name} --config {block}")
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from archiver.pack import RESERVED_NAMES
+from archiver.packing.pack import RESERVED_NAMES
 from vmap_ensemble.archive.identity import read_description
 from vmap_ensemble.archive.labels import LABELS_FILE
 from vmap_ensemble.archive.settings import SETTINGS_FILE

@@ -18,7 +18,7 @@ from optimise.errors import OptimiseError
 from optimise.examples.sources import Parts, ask_all, facts_of, open_sources
 from optimise.examples.teacher import Teacher
 from optimise.gate.judge import Made, settings_of
-from optimise.gate.verdict import finish, forget_verdict
+from optimise.gate.verdict import finish, forget_verdict, tell_how_to_pack
 from optimise.output.work import opened
 from optimise.output.write import stage_files
 from optimise.progress import progress_bar, train
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         made = _made(teacher, student, folder, new)
         told = {"keep": options.keep, **_zeros(options, student), **training.facts()}
         name = f"{teacher.settings.name}_pruned"
-        return finish(options, teacher, folder, made, parts, name, told, training.history)
+        return tell_how_to_pack(name, finish(options, teacher, folder, made, parts, name, told, training.history))
 
 
 def _check(teacher: Teacher) -> None:

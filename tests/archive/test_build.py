@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from archiver import ROOT as REPOSITORY
-from archiver import kernels, pack
+from archiver.packing import kernels, pack
 from tests.archive.conftest import HANDLER, Project, tiny_state
 from vmap_ensemble.archive.manifest import hash_file, load_members, read_manifest
 from vmap_ensemble.errors import LoadError
@@ -285,7 +285,7 @@ def test_a_killed_run_leaves_the_old_archive(project: Project) -> None:
     project.run("tiny")
     before = project.mar.read_bytes()
     code = (
-        "import sys, time\nfrom archiver import pack\nfrom archiver.__main__ import main\n"
+        "import sys, time\nfrom archiver.packing import pack\nfrom archiver.__main__ import main\n"
         "def wait(*a):\n    print('packing', flush=True)\n    time.sleep(60)\n"
         "pack.write_mar = wait\nsys.exit(main(sys.argv[1:]))\n"
     )

@@ -64,7 +64,9 @@ def test_blocks_of_the_pages_run_as_written(project, capsys):
 def test_the_page_of_exports_runs_as_written(project):
     pytest.importorskip("onnxruntime")
     page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
-    for line in re.findall(r"^ *vmap-ensemble (export .*)$", page, re.M):
+    lines = re.findall(r"^ *vmap-ensemble (export .*)$", page, re.M)
+    assert set(re.findall(r"^ *vmap-ensemble (export .*)$", (ROOT / "docs/moving.md").read_text(), re.M)) <= {*lines}
+    for line in lines:
         assert command(shlex.split(line)) == 0
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     space: dict = {}
@@ -72,7 +74,7 @@ def test_the_page_of_exports_runs_as_written(project):
     assert space["found"]["probabilities"].shape == (8, 10)
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/offline.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/offline.md", "docs/moving.md"])
 def test_the_command_for_a_folder_runs_as_written(project, file):
     page = (ROOT / file).read_text(encoding="utf-8")
     (line,) = re.findall(r"^ *vmap-ensemble (predict .*)$", page, re.M)

@@ -40,7 +40,7 @@ PARTS = (
     *("handlers", "archiver", "optimise", "quality", "fastertransformer"),
     *("benchmarks", "training", "tests", "scripts", "data"),
 )
-SOURCES = (".py", ".cpp", ".h", ".typed")
+SOURCES = (".py", ".cpp", ".h", ".typed", ".html", ".css", ".js")
 # A line of a .pth that begins with `import` is run as soon as site-packages are found, before any module of ours.
 BLOCK = 'import sys; sys.modules.update(dict.fromkeys(("ts", "ray", "captum", "transformers", "model_archiver")))'
 
@@ -68,7 +68,8 @@ def copy(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("copy") / "copy"
     copy.mkdir()
     for name in PARTS:
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "members")
+        trained = ["members"] if name == "training" else []
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", *trained)
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file():

@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 
 OK_HANDLER = '''\
@@ -44,6 +45,26 @@ def ok_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def broken_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     handler = 'def handle(data, context):\n    raise ValueError("member b lacks the key fc.weight")\n'
     return write_archive(tmp_path_factory.mktemp("broken"), "broken", handler)
+
+
+@pytest.fixture(scope="session")
+def recorded_archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The archives that tests/server/recorded.py asks."""
+    from tests.server.test_bad_inputs import build_archive
+
+    return {name: build_archive(tmp_path_factory.mktemp(name), name) for name in ("mnist", "bert")}
+
+
+@pytest.fixture(scope="session")
+def recorded_answers(recorded_archives: dict[str, Path]) -> list[httpx.Response]:
+    """What TorchServe answers to the recorded requests, each asked alone."""
+    from scripts.private_torchserve import TorchServe
+    from tests.server.recorded import REQUESTS, ask_all
+
+    with TorchServe(recorded_archives, batching={"batchSize": 1}) as server, server.client() as client:
+        answers = ask_all(client, REQUESTS, 1)
+    assert {answer.status_code for answer in answers} >= {200, 400, 413, 415, 422, 501}
+    return answers
 
 
 @pytest.fixture(scope="session")

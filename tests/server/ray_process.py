@@ -43,7 +43,10 @@ class RayServe:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> RayServe:
-        own = {
+        # What commands that use this Ray need, too.
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "handlers"), str(ROOT)]),
             # Of its own: Ray leaves a token there, and nothing of this user's is read.
             "HOME": str(self.folder),
             # Ray takes the machine's address for 127.0.0.1 unless it is told that there is no cluster.
@@ -51,11 +54,10 @@ class RayServe:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "500",
         }
-        paths = os.pathsep.join([str(ROOT / "handlers"), str(ROOT)])
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.server.ray_process", str(self.folder), str(self.metrics_port)],
-                env={**os.environ, **own, "PYTHONPATH": paths},
+                env=self.environment,
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -101,9 +103,21 @@ class RayServe:
             if line.startswith("deployed: "):
                 told = json.loads(line.removeprefix("deployed: "))
                 if told["status"] == "RUNNING":
+                    self.address = told["address"]
                     return
                 raise RuntimeError(f"{told}\n{self.log()[-4000:]}")
         raise RuntimeError(f"Ray ended\n{self.log()[-4000:]}")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command of Python that finds this Ray as its cluster."""
+        return subprocess.run(
+            [sys.executable, *command],
+            env={**self.environment, "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=self.timeout_s,
+        )
 
     def client(self) -> httpx.Client:
         """A client of the applications."""
@@ -148,7 +162,8 @@ def main(folder: str, metrics_port: str) -> None:
         for line in sys.stdin:
             path, timeout_s = line.split()
             cli(["run", "--non-blocking", path], standalone_mode=False)
-            print(f"deployed: {json.dumps(_wait(serve, float(timeout_s)))}", flush=True)
+            told = {"address": ray.get_runtime_context().gcs_address, **_wait(serve, float(timeout_s))}
+            print(f"deployed: {json.dumps(told)}", flush=True)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -106,6 +109,24 @@ def test_health_is_asked_with_a_key(running: Copy) -> None:
     asked = running.run(block_with("health https").replace("vmap-ensemble ", "python -m archiver.command "))
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.startswith("healthy: ")
+
+
+def test_what_the_page_of_the_proxy_says_of_torchserves_keys_and_tls(running: Copy) -> None:
+    keys = json.loads((running.folder / "key_file.json").read_text())
+    assert len(base64.urlsafe_b64decode(keys["inference"]["key"])) * 8 == 48
+    trusted = ssl.create_default_context(cafile=str(running.folder / "config" / "tls" / "certificate.pem"))
+
+    def cipher() -> str:
+        plain = socket.create_connection(("127.0.0.1", int(running.ports["8443"])), timeout=30)
+        with plain, trusted.wrap_socket(plain, server_hostname="127.0.0.1") as stream:
+            return stream.cipher()[0]
+
+    trusted.minimum_version = ssl.TLSVersion.TLSv1_3
+    with pytest.raises(ssl.SSLError):
+        cipher()
+    trusted.minimum_version = ssl.TLSVersion.TLSv1_2
+    trusted.set_ciphers("ECDHE-RSA-AES128-SHA")  # CBC
+    assert cipher() == "ECDHE-RSA-AES128-SHA"
 
 
 def test_metrics_of_both_sides_of_a_query_have_the_same_labels(running: Copy) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torchvision import transforms
 from torchvision.models import resnet50
 
 pytest.importorskip("transformers")
@@ -40,10 +43,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
-def save_fold(seed: int, classes: int) -> None:
+def save_fold(seed: int, network: nn.Module) -> None:
     """What a trainer of Lightning leaves of one fold."""
-    torch.manual_seed(seed)
-    state = {f"model.{key}": tensor for key, tensor in resnet50(num_classes=classes).state_dict().items()}
+    state = {f"model.{key}": tensor for key, tensor in network.state_dict().items()}
     path = Path("runs") / f"fold{seed}" / "best.ckpt"
     path.parent.mkdir(parents=True)
     checkpoint = {"state_dict": state, "epoch": 3, "global_step": 90, "pytorch-lightning_version": "2.6", "loops": {}}
@@ -52,12 +54,14 @@ def save_fold(seed: int, classes: int) -> None:
 
 def test_a_vision_engineer_serves_lightning_folds(run: Run, tmp_path: Path) -> None:
     for seed in range(2):
-        save_fold(seed, 10)
+        torch.manual_seed(seed)
+        save_fold(seed, resnet50(num_classes=10))
     animals = ["ape", "bat", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
     Path("labels.json").write_text(json.dumps(animals))
     told = run(
         *("archive", "folds", "--handler", "resnet_handler.py", "--architecture", "torchvision:resnet50"),
         *("--members", "runs/*/best.ckpt", "--labels", "labels.json", "--input-shape", "3", "160", "160"),
+        "--no-check",  # the next line is one, with a picture
         *(
             "--set",
             'weights={"fold0-best": 2, "fold1-best": 1}',
@@ -82,6 +86,52 @@ def test_a_vision_engineer_serves_lightning_folds(run: Run, tmp_path: Path) -> N
     (row,) = [r for r in map(json.loads, Path("answers.jsonl").read_text().splitlines()) if r["input"] == PHOTO.name]
     assert row["answer"]["prediction"]["label"] == answer.label
     assert row["answer"]["prediction"]["probability"] == pytest.approx(answer.probability, abs=1e-4)
+
+
+# Small ones of a user's own: torchvision's named sizes are in tests/archive/test_architectures.py.
+SMALL = {
+    "ConvNeXt": """
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+class Small(ConvNeXt):
+    def __init__(self):
+        super().__init__([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=3, layer_scale=1.0)
+""",
+    "ViT": """
+from torch import nn
+from torchvision.models import VisionTransformer
+
+class Small(VisionTransformer):
+    def __init__(self):
+        super().__init__(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3)
+        nn.init.normal_(self.heads.head.weight)  # torchvision begins with zeros
+""",
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_vision_engineer_brings_another_architecture(kind: str, run: Run) -> None:
+    Path("model.py").write_text(SMALL[kind])
+    space: dict[str, Any] = {}
+    exec(SMALL[kind], space)
+    folds = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        folds.append(space["Small"]().eval())
+        save_fold(seed, folds[-1])
+    run(
+        *("archive", "folds", "--handler", "resnet_handler.py", "--model-file", "model.py:Small", "--no-check"),
+        *("--members", "runs/*/best.ckpt", "--input-shape", "3", "32", "32"),
+        *("--set", "resize=40", "crop=32", "mean=[0.5,0.5,0.5]", "std=[0.25,0.25,0.25]"),
+        *("interpolation=bilinear", "execution=eager"),
+    )
+    (answer,) = Ensemble.load("model_store/folds.mar").predict([PHOTO.read_bytes()])
+    steps = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor()]
+    x = transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.25] * 3)])(Image.open(PHOTO).convert("RGB"))
+    with torch.inference_mode():
+        expected = torch.stack([fold(x[None])[0].softmax(-1) for fold in folds]).mean(0)
+    assert answer.body["prediction"]["index"] == int(expected.argmax())
+    assert answer.body["prediction"]["probability"] == pytest.approx(float(expected.max()), abs=1e-4)
 
 
 MODEL = """

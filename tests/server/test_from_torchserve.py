@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from archiver.check import check_archive
+from archiver.checking.check import check_archive
 from scripts.private_torchserve import ROOT, TorchServe
 
 pytest.importorskip("captum.attr")

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from archiver.__main__ import main as archive
-from fastertransformer.trace import trace_checkpoint
+from fastertransformer.tracing import trace_checkpoint
 from scripts.private_torchserve import ROOT, TorchServe
 from tests.unit.tasks.text.test_encoder_task import CONFIGS, random_members, save_tokenizer
 

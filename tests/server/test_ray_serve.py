@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tarfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,30 +14,25 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 pytest.importorskip("ray")
 pytest.importorskip("transformers")
 
-from scripts.private_torchserve import TorchServe
-from tests.server import bad_images, bad_texts
-from tests.server import bad_inputs as bad
+from archiver.command import main
+from tests.server import bad_images
+from tests.server.curl_lines import ask_as_written
 from tests.server.ray_process import RayServe
-from tests.server.test_bad_inputs import assert_close, build_archive
+from tests.server.recorded import MOST_BYTES, REQUESTS, ask_all, check_answers
+from tests.server.test_bad_inputs import assert_close
 from vmap_ensemble.client import Client
 from vmap_ensemble.ensemble import Ensemble
 
 pytestmark = pytest.mark.timeout(180)
 
-SHAPE = (1, 28, 28)
-MOST_BYTES = 200_000
 BATCH = 8
 # Both together fit into two logical CPUs, with a second replica of the first.
 CPUS = {"num_cpus": 0.5}
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: build_archive(tmp_path_factory.mktemp(name), name) for name in ("mnist", "bert")}
 
 
 def application(archives: Mapping[str, Path], replicas: int = 1, **user_config: Any) -> list[dict[str, Any]]:
@@ -61,57 +57,9 @@ def application(archives: Mapping[str, Path], replicas: int = 1, **user_config: 
     ]
 
 
-def requests() -> list[tuple[str, bad.Sent]]:
-    """Path and request: every way to ask, and what must be refused."""
-    rng = random.Random(0)
-    texts, explained = bad_texts.text_makers(bad_texts.text_item), bad_texts.explanation_makers(bad_texts.text_item)
-    png = bad_images.png(rng)
-    own = [
-        {"content": png, "headers": {"Content-Type": "image/png", "X-Ensemble-Detail": "members"}},
-        {"content": png, "headers": {"describe": "False", "x-ensemble-top-k": "1"}},
-        {"files": [("data", png), ("data", png)]},
-        {"files": {"data": ("a.json", json.dumps(bad_images.base64_item(rng)), "application/json")}},
-        {"files": {"data": ("a.txt", "a text", "text/plain"), "subset": (None, "m0")}},
-        {"data": {"form": "lost"}},
-    ]
-    kinds = {
-        "/predictions/mnist": [
-            *bad_images.good_images(rng, SHAPE, 8),
-            *bad.make_bad(rng, bad_images.image_makers(SHAPE), 60),
-            *(bad.Sent("own", (), request) for request in own),
-        ],
-        "/explanations/mnist": [bad.Sent("not offered", (501,), {"content": png})],
-        "/predictions/bert": [
-            *bad_texts.good_texts(rng, bad_texts.text_item, 7),
-            *bad.make_bad(rng, texts, 40),
-            bad.Sent("plain", (200,), {"content": "größe", "headers": {"Content-Type": "text/plain"}}),
-        ],
-        "/explanations/bert": [
-            *(bad.Sent("good", (200,), bad.as_json(bad_texts.text_item(rng))) for _ in range(2)),
-            *bad.make_bad(rng, explained, 15),
-        ],
-    }
-    return [(path, one) for path, sent in kinds.items() for one in sent]
-
-
-REQUESTS = requests()
-
-
-def ask_all(client: httpx.Client, clients: int) -> list[httpx.Response]:
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(lambda one: client.post(one[0], **one[1].request), REQUESTS))
-
-
 @pytest.fixture(scope="module")
-def expected(archives: dict[str, Path]) -> list[httpx.Response]:
-    """What TorchServe answers, each asked alone."""
-    with TorchServe(archives, batching={"batchSize": 1}) as server, server.client() as client:
-        return ask_all(client, 1)
-
-
-@pytest.fixture(scope="module")
-def server(archives: dict[str, Path]) -> Iterator[RayServe]:
-    with RayServe(application(archives)) as running:
+def server(recorded_archives: dict[str, Path]) -> Iterator[RayServe]:
+    with RayServe(application(recorded_archives)) as running:
         yield running
 
 
@@ -124,29 +72,27 @@ def client(server: RayServe) -> Iterator[httpx.Client]:
 
 
 def _with_version(request: httpx.Request) -> None:
-    if request.url.path.endswith("/bert"):
+    if request.url.path in ("/predictions/bert", "/explanations/bert"):
         request.url = request.url.copy_with(path=f"{request.url.path}/2.0")
 
 
 def test_answers_are_torchserves(
-    client: httpx.Client, server: RayServe, expected: list[httpx.Response], archives: dict[str, Path]
+    client: httpx.Client, server: RayServe, recorded_answers: list[httpx.Response]
 ) -> None:
-    for (path, one), got, wanted in zip(REQUESTS, ask_all(client, 16), expected, strict=True):
-        assert got.status_code == wanted.status_code, (path, one.kind, got.text[:200], wanted.text[:200])
-        assert got.headers["content-type"] == "application/json"
-        told, theirs = got.json(), wanted.json()
-        if "model_name" in theirs:
-            assert told["model_name"] == theirs["model_name"]
-        assert_close(told, theirs, f"{path}: {one.kind}")
-    assert {reply.status_code for reply in expected} >= {200, 400, 413, 415, 422, 501}
+    check_answers(REQUESTS, ask_all(client, REQUESTS, 16), recorded_answers)
     assert "could not be answered" not in server.log()
 
 
-def test_the_library_gives_the_same(client: httpx.Client, archives: dict[str, Path]) -> None:
+def test_the_library_gives_the_same(client: httpx.Client, recorded_archives: dict[str, Path]) -> None:
     png = bad_images.png(random.Random(5))
-    (answer,) = Ensemble.load(archives["mnist"]).predict([png], top_k=2, detail=True)
+    (answer,) = Ensemble.load(recorded_archives["mnist"]).predict([png], top_k=2, detail=True)
     with Client(str(client.base_url), "mnist", trust_env=False) as asking:
         assert_close(asking.predict(png, top_k=2, detail=True).body, answer.body)
+
+
+def test_the_lines_of_the_page_are_answered(server: RayServe) -> None:
+    (answer,) = ask_as_written("docs/moving.md", "http://127.0.0.1:8000", server.url, "mnist")
+    assert answer["prediction"]
 
 
 def test_what_is_no_request_of_a_model(client: httpx.Client) -> None:
@@ -231,6 +177,53 @@ def test_requests_share_forwards_and_are_measured(client: httpx.Client, server: 
         assert label in line
 
 
+def test_a_folder_is_answered_by_the_cluster_as_without(
+    server: RayServe, recorded_archives: dict[str, Path], tmp_path: Path
+) -> None:
+    photos, rng = tmp_path / "photos", random.Random(6)
+    photos.mkdir()
+    for index in range(150):  # two windows, and a part of a third
+        (photos / f"{index}.png").write_bytes(bad_images.png(rng))
+    (photos / "70.png").write_bytes(b"no image")
+    command = ["predict", str(recorded_archives["mnist"]), str(photos), "--batch-size", "8", "--threads", "1"]
+    here, on_ray = tmp_path / "here.jsonl", tmp_path / "on_ray.jsonl"
+    assert main([*command, "--output", str(here)]) == 0
+    done = server.run("-m", "archiver.command", *command, "--output", str(on_ray), "--on", "ray")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in here.read_text().splitlines()]
+    assert [line["input"] for line in lines] == [f"{index}.png" for index in range(150)]
+    assert [line["input"] for line in lines if "error" in line] == ["70.png"]
+    assert on_ray.read_bytes() == here.read_bytes()
+
+
+def test_the_file_for_sagemaker_is_served_as_its_image_does(
+    client: httpx.Client, server: RayServe, recorded_archives: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model.tar.gz"
+    assert main(["export", str(recorded_archives["bert"]), "--to", "sagemaker", "--output", str(model)]) == 0
+    folder = tmp_path / "model"
+    with tarfile.open(model) as tar:
+        tar.extractall(folder, filter="data")
+    (own,) = yaml.safe_load((folder / "config.yaml").read_text())["applications"]
+    # /opt/ml/model and its code/ are the image's PYTHONPATH; here another application has the address `/`.
+    paths = {"PYTHONPATH": f"{folder}:{folder / 'code'}"}
+    own.update(name="sagemaker", route_prefix="/image", runtime_env={"env_vars": paths})
+    server.deploy([*application(recorded_archives), own])
+    same = client.post("/predictions/bert", json={"text": "a great movie"}).json()
+    # The image's own process for 8080 posts to `/`, with the type and headers of SageMaker's alone.
+    for path in ("/image/", "/image/invocations", "/image/predictions/bert"):
+        assert_close(client.post(path, json={"text": "a great movie"}).json(), same)
+    explained = client.post(
+        "/image/", json={"text": "a great movie"}, headers={"X-Amzn-SageMaker-Custom-Attributes": "explain"}
+    )
+    assert explained.json()["explanations"]
+    refused = client.post("/image/", content=b"", headers={"Content-Type": "text/plain"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, 400)
+    ping = client.get("/image/ping")
+    assert (ping.status_code, ping.content) == (200, b"")
+    server.deploy(application(recorded_archives))
+
+
 class Load:
     """Clients that go on asking, inside a `with` block.
 
@@ -262,13 +255,13 @@ class Load:
 
 
 def test_nobody_is_lost_while_replicas_come_settings_change_and_replicas_go(
-    client: httpx.Client, server: RayServe, archives: dict[str, Path]
+    client: httpx.Client, server: RayServe, recorded_archives: dict[str, Path]
 ) -> None:
     png = bad_images.png(random.Random(4))
     with Load(client) as load:
-        server.deploy(application(archives, replicas=2))
+        server.deploy(application(recorded_archives, replicas=2))
         # One is drained; the one that is left has other settings from now on.
-        server.deploy(application(archives, replicas=1, batch_size=4, settings={"top_k": 1}))
+        server.deploy(application(recorded_archives, replicas=1, batch_size=4, settings={"top_k": 1}))
         assert {len(client.post("/predictions/mnist", content=png).json()["top_k"]) for _ in range(8)} == {1}
     assert len(load.statuses) > 50
     assert set(load.statuses) == {200}

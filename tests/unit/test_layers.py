@@ -40,13 +40,18 @@ ROOMS = (
     ),
     *("execution", "archive", "models", "core", "process", "errors", "version"),
 )
+# The same of the archiver's; what lies beside them orders the work and reports on it.
+ARCHIVER_ROOMS = ("checking", "packing", "members", "texts", "blocks")
 # Who alone may import what: prefix of the module -> libraries.
 ALONE = {
     "ts": ("vmap_ensemble.frontends.torchserve",),
-    "ray": ("vmap_ensemble.frontends.ray_serve",),
+    "ray": ("vmap_ensemble.frontends.ray_serve", "vmap_ensemble.offline.on_ray"),
+    "kserve": ("vmap_ensemble.frontends.kserve",),
+    "starlette": ("vmap_ensemble.frontends",),
+    "uvicorn": ("vmap_ensemble.frontends.demo",),
     "transformers": ("vmap_ensemble.encoders", "vmap_ensemble.models.transformers", "vmap_ensemble.tasks.text"),
     "httpx": ("vmap_ensemble.client",),
-    "grpc": ("vmap_ensemble.client",),
+    "grpc": ("vmap_ensemble.client", "vmap_ensemble.frontends.kserve"),
     "captum": ("vmap_ensemble.tasks.text.explanations",),
     "pydantic": (
         *("vmap_ensemble.archive", "vmap_ensemble.client.bodies"),
@@ -100,6 +105,19 @@ def test_rooms_import_downward_alone():
     assert not wrong
 
 
+def test_rooms_of_the_archiver_import_downward_alone():
+    rooms = {name: room_of(name) for name in MODULES if name.startswith("archiver.") and name.count(".") > 1}
+    assert set(rooms.values()) == set(ARCHIVER_ROOMS)
+    order = (*ARCHIVER_ROOMS, "source")
+    wrong = [
+        f"{module} -> {target}"
+        for module, room in rooms.items()
+        for target in IMPORTS[module]
+        if target.startswith("archiver.") and room_of(target) not in order[order.index(room) :] and target in MODULES
+    ]
+    assert not wrong
+
+
 def test_every_room_has_its_place_in_the_order():
     assert {room_of(module) for module in MODULES if module.startswith("vmap_ensemble.")} <= set(ROOMS)
 
@@ -147,13 +165,15 @@ def test_no_folder_is_a_heap():
     for path in MODULES.values():
         counts[path.parent] += path.name != "__init__.py"
     assert {
-        str(folder): count for folder, count in counts.items() if "vmap_ensemble" in str(folder) and count > 16
+        str(folder): count
+        for folder, count in counts.items()
+        if ("vmap_ensemble" in str(folder) or "archiver" in str(folder)) and count > 16
     } == {}
 
 
 BLOCKED = """
 import sys
-for name in ("ts", "ray", "captum", "transformers", "model_archiver"):
+for name in ("ts", "ray", "kserve", "captum", "transformers", "model_archiver"):
     sys.modules[name] = None  # an import of it fails
 import torch
 from vmap_ensemble import Ensemble

@@ -221,3 +221,25 @@ def check_keys(block: Mapping[str, Any], known: list[str] | tuple[str, ...], whe
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         raise SettingsError(f"{where}: unknown key '{key}'; {hint}")
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
+class QuantisableSettings(Settings):
+    """Settings of handlers whose members can be served in 8 bits."""
+
+    quantization: Literal["int8"] | None = Field(
+        None,
+        description="`int8`: 8-bit weights and activations in convolutions, large linear layers and the layers of "
+        "encoders, on a CPU; judged on `--samples`, without which images can't be served so (docs/precision.md).",
+    )
+
+    @model_validator(mode="after")
+    def _quantization_alone(self) -> QuantisableSettings:
+        if self.quantization and self.dtype != "fp32":
+            raise ValueError(f"quantization {self.quantization} starts from dtype fp32, got dtype {self.dtype}")
+        if self.quantization and self.execution not in ("auto", "prepared"):
+            raise ValueError(
+                f"quantization {self.quantization} has one way to run; expected execution auto or prepared, "
+                f"got {self.execution}"
+            )
+        return self

@@ -186,6 +186,11 @@ class EnsembleForward(Forward):
         return self
 
     @property
+    def size_bytes(self) -> int:
+        """What the members' tensors take as they are served."""
+        return self.members.size_bytes()
+
+    @property
     def has_convolutions(self) -> bool:
         """Whether vmap makes grouped convolutions of some of the model's layers."""
         return any(isinstance(module, nn.modules.conv._ConvNd) for module in self.model.modules())

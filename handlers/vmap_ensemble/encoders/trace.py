@@ -89,6 +89,12 @@ class PackedForward(Protocol):
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         """Run every member on one batch of texts, (B, S) each: outputs (M, B, ...)."""
 
+    def loop(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Run the members one after another, plainly: outputs (M, B, ...)."""
+
+    def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
+        """The part of an output that must be equal however it was made."""
+
     def member_state(self, index: int) -> dict[str, Tensor]:
         """The state dict of one member."""
 

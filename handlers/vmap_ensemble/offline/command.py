@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--device", nargs="+", metavar="DEVICE", help="cpu, cuda:0 ...; several share the rows")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="instead of the archive's")
     add("--execution", metavar="MODE", help="instead of the archive's")
+    add("--on", choices=("here", "ray"), default="here", help="where: this machine, or a Ray cluster")
     add("--summary", type=Path, metavar="FILE", help="also write the table at the end as .json or .html")
     add("--force", action="store_true", help="replace an output that exists, begin anew")
     options = parser.parse_args(arguments)
@@ -61,6 +62,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(options, name)}")
     if options.workers is not None and options.workers < 0:
         parser.error(f"--workers: expected 0 or more, got {options.workers}")
+    if options.on == "ray" and len(options.device or ()) > 1:
+        parser.error("--device: expected one with --on ray, which gives each of its processes its own")
     if options.output.suffix not in (".jsonl", ".parquet"):
         parser.error(f"--output: expected a name that ends in .jsonl or .parquet, got {options.output.name}")
     return options
@@ -79,6 +82,10 @@ def _run(options: argparse.Namespace) -> int:
     if lines.suffix != ".jsonl":  # a table is made of the lines at the end
         lines = lines.with_name(f"{lines.name}.jsonl")
     _check_parquet(options)
+    if options.on == "ray":
+        from vmap_ensemble.offline.on_ray import check_ray
+
+        check_ray()
     ensembles = _load(options)
     rows = _open_rows(options, ensembles[0])
     output = Output(lines, _made_with(options, ensembles[0], rows), options.force)
@@ -107,14 +114,18 @@ def _check_parquet(options: argparse.Namespace) -> None:
         raise OutputError(f"{options.output.name}: exists; --force replaces it")
 
 
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    """How an ensemble is loaded, but for where from and onto which device."""
+    threads = options.threads or max(1, cores_at_hand() // len(options.device or [None]))
+    made_for = (1, options.batch_size or 32)
+    return {"dtype": options.dtype, "execution": options.execution, "threads": threads, "batch_sizes": made_for}
+
+
 def _load(options: argparse.Namespace) -> list[Ensemble]:
     from vmap_ensemble.ensemble import Ensemble
 
-    devices = options.device or [None]
-    threads = options.threads or max(1, cores_at_hand() // len(devices))
-    made_for = (1, options.batch_size or 32)
-    given = {"dtype": options.dtype, "execution": options.execution, "threads": threads, "batch_sizes": made_for}
-    ensembles = [Ensemble.load(options.archive, device=device, **given) for device in devices]
+    given = _loading(options)
+    ensembles = [Ensemble.load(options.archive, device=device, **given) for device in options.device or [None]]
     ensembles[0].check_subset(options.subset)
     return ensembles
 
@@ -148,28 +159,47 @@ def _answer(options: argparse.Namespace, ensembles: list[Ensemble], rows: Rows, 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vmap_ensemble.many import Windows, find_batch, load_windows
-    from vmap_ensemble.offline.run import answer_windows
-    from vmap_ensemble.tasks.answers import Options
+    from vmap_ensemble.many import WINDOW
 
-    asked = Options(options.detail, tuple(options.subset) if options.subset else None, options.top_k)
-    windows = Windows(ensembles[0].task, rows, output.windows)
-    before = output.windows * windows.size
-    workers = options.workers if options.workers is not None else _default_workers(ensembles[0])
-    loaded = load_windows(windows, workers)
-    first = list(islice(loaded, 1))
-    if "batch_size" not in output.state:  # those who go on take that of those who began
-        measured = options.batch_size or find_batch(ensembles[0], first[0].examples if first else [], asked)
-        output.state["batch_size"] = measured
+    before = output.windows * WINDOW[ensembles[0].task.reads_texts]
+    answered = _lines(options, ensembles, rows, output)
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("predict", total=rows.count, completed=before)
-        answered = answer_windows(ensembles, chain(first, loaded), asked, output.state["batch_size"])
         for count in output.write(answered):
             done += count
             progress.update(bar, advance=count)
     return done
+
+
+def _lines(options: argparse.Namespace, ensembles: list[Ensemble], rows: Rows, output: Output) -> Iterator[list[str]]:
+    """The lines of the windows that are left."""
+    from vmap_ensemble.many import WINDOW, Windows, find_batch, load_windows
+    from vmap_ensemble.offline.run import answer_windows
+    from vmap_ensemble.tasks.answers import Options
+
+    asked = Options(options.detail, tuple(options.subset) if options.subset else None, options.top_k)
+    workers = options.workers if options.workers is not None else _default_workers(ensembles[0])
+    loaded = load_windows(Windows(ensembles[0].task, rows, output.windows), 0 if options.on == "ray" else workers)
+    first = list(islice(loaded, 1))
+    if "batch_size" not in output.state:  # those who go on take that of those who began
+        measured = options.batch_size or find_batch(ensembles[0], first[0].examples if first else [], asked)
+        output.state["batch_size"] = measured
+    if options.on == "here":
+        return answer_windows(ensembles, chain(first, loaded), asked, output.state["batch_size"])
+    from vmap_ensemble.offline.on_ray import Job, answer_on_ray
+
+    job = Job(
+        archive=str(options.archive.absolute()),
+        input=options.input.absolute(),
+        column=options.column,
+        options=asked,
+        batch=output.state["batch_size"],
+        device=(options.device or [None])[0],
+        loading=_loading(options),
+    )
+    return answer_on_ray(job, rows, output.windows, WINDOW[ensembles[0].task.reads_texts])
 
 
 def _default_workers(ensemble: Ensemble) -> int:

@@ -91,21 +91,21 @@ class Output:
         os.truncate(self._part, whole_end)
         return lines // size
 
-    def write(self, windows: Iterator[tuple[Sequence[str], Sequence[Any]]]) -> Iterator[int]:
+    def write(self, windows: Iterator[Sequence[str]]) -> Iterator[int]:
         """Write the windows that are left; yields the number of lines of each, once they are on the disk.
 
         Args:
-            windows: Names and answers of each.
+            windows: The lines of each, see `line_of`.
         """
         with self._part.open("a", encoding="utf-8") as file:
-            for names, answers in windows:
+            for lines in windows:
                 self._save_state()
-                self._append(file, [line_of(*row) for row in zip(names, answers, strict=True)])
-                yield len(names)
+                self._append(file, lines)
+                yield len(lines)
         os.replace(self._part, self.path)
         self._state.unlink(missing_ok=True)
 
-    def _append(self, file: IO[str], lines: list[str]) -> None:
+    def _append(self, file: IO[str], lines: Sequence[str]) -> None:
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Turns rows and an archive, on one device or several, into windows of answers in the rows' order."""
+"""Turns rows and an archive, on one device or several, into windows of lines in the rows' order."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from vmap_ensemble.ensemble import Ensemble
-from vmap_ensemble.errors import ItemError
 from vmap_ensemble.many import Window, answer_window
-from vmap_ensemble.tasks.answers import Answer, Options
+from vmap_ensemble.offline.output import line_of
+from vmap_ensemble.tasks.answers import Options
 
-Answered = tuple[list[str], list[Answer | ItemError]]
 # Windows that wait for each device beside the one that it works on.
 AHEAD = 1
 
 
 def answer_windows(
     ensembles: Sequence[Ensemble], windows: Iterator[Window], options: Options, batch: int
-) -> Iterator[Answered]:
-    """Names and answers of each window, in order; each device gets every n-th window.
+) -> Iterator[list[str]]:
+    """The lines of each window, in order; each device gets every n-th window.
 
     Args:
         ensembles: The same archive on each device.
@@ -29,17 +28,29 @@ def answer_windows(
         batch: Examples in a forward, at most.
     """
     if len(ensembles) == 1:
-        for names, examples in windows:
-            yield names, answer_window(ensembles[0], examples, options, batch)
+        for window in windows:
+            yield answer_lines(ensembles[0], window, options, batch)
         return
     with ExitStack() as stack:
         pools = [stack.enter_context(ThreadPoolExecutor(1, "device")) for _ in ensembles]
-        waiting: deque[tuple[list[str], Future[list[Answer | ItemError]]]] = deque()
-        for number, (names, examples) in enumerate(windows):
+        waiting: deque[Future[list[str]]] = deque()
+        for number, window in enumerate(windows):
             turn = number % len(ensembles)
-            waiting.append((names, pools[turn].submit(answer_window, ensembles[turn], examples, options, batch)))
+            waiting.append(pools[turn].submit(answer_lines, ensembles[turn], window, options, batch))
             if len(waiting) >= len(ensembles) * (1 + AHEAD):
-                names, found = waiting.popleft()
-                yield names, found.result()
-        for names, found in waiting:
-            yield names, found.result()
+                yield waiting.popleft().result()
+        for lines in waiting:
+            yield lines.result()
+
+
+def answer_lines(ensemble: Ensemble, window: Window, options: Options, batch: int) -> list[str]:
+    """The lines of one window.
+
+    Args:
+        ensemble: What is asked.
+        window: Parsed rows.
+        options: Of all rows.
+        batch: Examples in a forward, at most.
+    """
+    answers = answer_window(ensemble, window.examples, options, batch)
+    return [line_of(name, answer) for name, answer in zip(window.names, answers, strict=True)]

@@ -174,6 +174,8 @@ class _Batch:
             self.record("EnsembleAbstentions", 1)
         for name in answer.left_out:
             self.record("EnsembleNonFiniteMembers", 1, name)
+        for name in answer.dissenting:
+            self.record("EnsembleDissentingMembers", 1, name)
         for name in options.subset or ():
             self.record("EnsembleMemberAnswers", 1, name)
 

@@ -36,11 +36,19 @@ def dump_json(reply: Any) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one example, and what its metrics need."""
+    """The answer to one example, and what its metrics need.
+
+    Attributes:
+        body: What a client gets.
+        mutual_information: In nats; None where the mode has none.
+        left_out: Members whose output was not finite.
+        dissenting: Members that alone would have answered with another class.
+    """
 
     body: dict[str, Any]
     mutual_information: float | None = None
     left_out: tuple[str, ...] = ()
+    dissenting: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The body as JSON: the text that a server sends."""

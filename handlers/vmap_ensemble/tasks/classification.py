@@ -77,7 +77,8 @@ class ClassAnswers:
                 body["ensemble"]["left_out"] = list(left_out)
         if options.detail:
             body["members"] = [self._member(rows, m, b) for m in used]
-        return Answer(significant(body), rows.mutual_information[b], left_out)
+        dissenting = tuple(self.names[m] for m in rows.dissenting(b))
+        return Answer(significant(body), rows.mutual_information[b], left_out, dissenting)
 
     def _member(self, rows: _Rows, m: int, b: int) -> dict[str, Any]:
         index = rows.member_top[m][b]
@@ -175,7 +176,7 @@ class _Rows:
 
     @functools.cached_property
     def member_top(self) -> list[list[int]]:
-        """Each member's arg max per example; only a client that asks for members needs it."""
+        """Each member's arg max per example; needed where members disagree, or a client asks for them."""
         return self._prediction.member_votes.tolist()
 
     @functools.cached_property
@@ -191,6 +192,13 @@ class _Rows:
     @functools.cached_property
     def _agreement(self) -> list[float]:
         return self._prediction.agreement.tolist()
+
+    def dissenting(self, b: int) -> list[int]:
+        """Used members whose arg max isn't the answer; where all agree, which is mostly, no member is looked at."""
+        if self._agreement[b] >= 1:
+            return []
+        answer = self.top[b][0]
+        return [m for m, used in enumerate(self.used[b]) if used and self.member_top[m][b] != answer]
 
     def uncertainty(self, b: int) -> dict[str, float]:
         predictive, expected = self._entropies[b]

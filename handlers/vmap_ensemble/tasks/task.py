@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from vmap_ensemble.archive.labels import read_labels
 from vmap_ensemble.archive.manifest import Manifest, load_members
+from vmap_ensemble.archive.precision import Precision, read_precision
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.aggregate import combine_classes
 from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.core.states import check_architecture
-from vmap_ensemble.errors import ItemError, NotOffered, SettingsError, UnknownKind
+from vmap_ensemble.errors import ItemError, LoadError, NotOffered, SettingsError, UnknownKind
 from vmap_ensemble.execution.cpu.member_threads import MemberThreads
 from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.models.architecture import build_architecture
@@ -84,6 +85,7 @@ class Task:
             time, one per core: worth it where items cost most of their time outside of Python. None: never.
         lists_are_batches: Whether a JSON list is a batch of items; otherwise it is one item, a tensor.
         reads_texts: Whether a text is an item; otherwise a file's bytes are.
+        calibrates: Whether `quantise` needs the ranges of activations, which samples give at the archive's build.
     """
 
     settings_class: type[Settings] = Settings
@@ -92,6 +94,7 @@ class Task:
     threads_from_bytes: int | None = None
     lists_are_batches: bool = False
     reads_texts: bool = False
+    calibrates: bool = True
     settings: Any
 
     def __init__(self, settings: Settings, place: Place) -> None:
@@ -251,7 +254,11 @@ class Task:
     # --- the forward -----------------------------------------------------------------------------------------
 
     def make_forward(self, timed: Phases) -> Forward:
-        """Build the architecture, stack the archive's members, and join both."""
+        """Build the architecture, stack the archive's members, and join both; with quantization, in 8 bits.
+
+        Raises:
+            LoadError: What 8 bits need is missing in the archive, or can't be had for its members.
+        """
         with timed(phases.BUILD):
             model = self.build_model()
         # The files are mapped: their bytes are read while they are stacked.
@@ -259,11 +266,27 @@ class Task:
             members = load_members(self._folder(), self.place.device, self.place.dtype)
         with timed(phases.PREPARE):
             check_architecture("the members", members.spec(), model)
-            return self.join(model, members)
+            forward = self.join(model, members)
+        if not getattr(self.settings, "quantization", None):
+            return forward
+        with timed(phases.QUANTISE):
+            return self.quantise(forward, read_precision(self._folder()))
 
     def join(self, model: nn.Module, members: StackedMembers) -> EnsembleForward:
         """The vmapped forward of the members in this architecture."""
         return EnsembleForward(model, members)
+
+    def quantise(self, forward: Forward, precision: Precision | None) -> Forward:
+        """The members in 8 bits.
+
+        Args:
+            forward: Of the members in float32; it isn't used afterwards.
+            precision: What was found when the archive was built; None if it wasn't judged.
+
+        Raises:
+            LoadError: They can't be had.
+        """
+        raise LoadError(f"quantization: {type(self).__name__} has no 8-bit form; leave it out")
 
     def only_execution(self, forward: Forward) -> Execution | None:
         """The one way to run the forward, where there is only one; None: the settings and measurements decide."""

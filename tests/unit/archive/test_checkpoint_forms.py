@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
+from archiver.members.survey import Survey, survey_members
 from archiver.source import Source
-from archiver.survey import Survey, survey_members
 from vmap_ensemble.archive.checkpoints import checkpoint_stem, find_checkpoints, read_checkpoint, read_state_dict
 from vmap_ensemble.errors import MemberError
 

@@ -10,8 +10,14 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from benchmarks import batching_rules, draw_sample_image, mnist_vmap, precision, resnet_vmap
+import benchmarks.batching_rules
+import benchmarks.mnist_vmap
+import benchmarks.precision
+import benchmarks.resnet_vmap
+from benchmarks import draw_sample_image
 from benchmarks.measuring import measure, vmap_comparison
+from benchmarks.options import SAMPLE_DIGIT, SAMPLE_IMAGE
+from benchmarks.runs import batching_rules, mnist_vmap
 from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.encoders.batching_rules import RULES
 from vmap_ensemble.encoders.packing import take_first
@@ -93,7 +99,7 @@ def test_machine_is_described() -> None:
 def test_mnist_comparison_writes_its_figures(members: int, checkpoint: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "out.json"
     arguments = [*BRIEFLY, "--num_models", str(members), "--model_path", str(checkpoint), "--json", str(file)]
-    assert mnist_vmap.main([*arguments, "--batch_size", "2"]) == 0
+    assert benchmarks.mnist_vmap.main([*arguments, "--batch_size", "2"]) == 0
     figures = json.loads(file.read_text())
     assert figures["num_models"] == members
     assert figures["batch_size"] == 2
@@ -110,10 +116,10 @@ def test_mnist_comparison_writes_its_figures(members: int, checkpoint: Path, tmp
 
 def test_sanity_prediction_is_the_plain_models(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    mnist_vmap.main([*BRIEFLY, "--num_models", "1", "--model_path", str(checkpoint), "--json", str(file)])
+    benchmarks.mnist_vmap.main([*BRIEFLY, "--num_models", "1", "--model_path", str(checkpoint), "--json", str(file)])
     model = MnistNet().eval()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
-    pixels = torch.tensor(list(Image.open(mnist_vmap.SUBJECT.image_path).tobytes())).reshape(1, 1, 28, 28)
+    pixels = torch.tensor(list(Image.open(SAMPLE_DIGIT).tobytes())).reshape(1, 1, 28, 28)
     with torch.no_grad():
         expected, label = model((pixels / 255 - 0.1307) / 0.3081).exp()[0].max(0)
     prediction = json.loads(file.read_text())["prediction"]
@@ -125,7 +131,10 @@ def test_resnet_comparison_runs_on_perturbed_copies(tmp_path: Path, capsys) -> N
     torch.manual_seed(0)
     torch.save({"state_dict": resnet18().state_dict()}, tmp_path / "resnet.pth")
     file = tmp_path / "out.json"
-    assert resnet_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "resnet.pth"), "--json", str(file)]) == 0
+    assert (
+        benchmarks.resnet_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "resnet.pth"), "--json", str(file)])
+        == 0
+    )
     figures = json.loads(file.read_text())
     assert figures["network"] == "resnet18"
     assert figures["members"] == "resnet.pth and 1 perturbed copies"
@@ -147,7 +156,7 @@ def test_members_that_differ_from_the_ensemble_give_exit_1(monkeypatch, capsys) 
     right = EnsembleForward.__call__
     monkeypatch.setattr(EnsembleForward, "__call__", lambda self, x: right(self, x) * 1.001)
     monkeypatch.setattr(mnist_vmap, "SUBJECT", fresh_subject())
-    assert mnist_vmap.main(BRIEFLY) == 1
+    assert benchmarks.mnist_vmap.main(BRIEFLY) == 1
     assert "differs from its members beyond the tolerance" in capsys.readouterr().err
 
 
@@ -164,40 +173,44 @@ def test_nan_never_counts_as_equal() -> None:
 
 def test_fresh_members_are_told_to_mean_nothing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(mnist_vmap, "SUBJECT", fresh_subject())
-    assert mnist_vmap.main(BRIEFLY) == 0
+    assert benchmarks.mnist_vmap.main(BRIEFLY) == 0
     assert "seeded fresh weights, not trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_models", "0"], "--num_models: expected 1 or more, got 0"),
-        (["--iterations", "0"], "--iterations: expected 1 or more, got 0"),
-        (["--threads", "0"], "--threads: expected 1 or more, got 0"),
         (["--device", "abacus"], "--device abacus: torch can't use it here"),
         (["--image_path", "missing.png"], "--image_path missing.png: expected a picture"),
         (["--model_path", "missing.pt"], "missing.pt: expected a checkpoint or a folder of them"),
     ],
 )
-def test_wrong_options_are_one_line_and_exit_2(arguments: list[str], message: str, capsys) -> None:
-    assert mnist_vmap.main([*BRIEFLY, *arguments]) == 2
+def test_what_is_wrong_is_one_line_and_exit_2(arguments: list[str], message: str, capsys) -> None:
+    assert benchmarks.mnist_vmap.main([*BRIEFLY, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--num_models", "--iterations", "--threads", "--batch_size"])
+def test_senseless_counts_are_wrong_usage(option: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.mnist_vmap.main([*BRIEFLY, option, "0"])
+    assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path, capsys) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
-    assert mnist_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "linear.pt")]) == 2
+    assert benchmarks.mnist_vmap.main([*BRIEFLY, "--model_path", str(tmp_path / "linear.pt")]) == 2
     assert "member '0-linear' does not fit MnistNet" in capsys.readouterr().err
 
 
 def test_unknown_architecture_is_refused(capsys) -> None:
-    assert resnet_vmap.main([*BRIEFLY, "--architecture", "resnet19"]) == 2
+    assert benchmarks.resnet_vmap.main([*BRIEFLY, "--architecture", "resnet19"]) == 2
     assert "--architecture resnet19: expected one of" in capsys.readouterr().err
 
 
 def test_drawn_picture_is_the_one_in_the_repository() -> None:
     drawn = torch.frombuffer(bytearray(draw_sample_image.draw_landscape().tobytes()), dtype=torch.uint8)
-    kept = torch.frombuffer(bytearray(Image.open(resnet_vmap.IMAGE_PATH).tobytes()), dtype=torch.uint8)
+    kept = torch.frombuffer(bytearray(Image.open(SAMPLE_IMAGE).tobytes()), dtype=torch.uint8)
     assert (drawn.int() - kept.int()).abs().float().mean() < 6  # JPEG loses the grain
 
 
@@ -215,7 +228,7 @@ def test_every_rule_has_a_line_in_the_table(tmp_path: Path, monkeypatch, capsys)
     for function, rule in RULES.items():
         monkeypatch.setitem(RULES, function, lambda *a, f=function, r=rule, **k: (used.add(f), r(*a, **k))[1])
     file = tmp_path / "rules.json"
-    assert batching_rules.main([*RULES_BRIEFLY, "--json", str(file)]) == 0
+    assert benchmarks.batching_rules.main([*RULES_BRIEFLY, "--json", str(file)]) == 0
     assert used == set(RULES)
     rows = json.loads(file.read_text())["rows"]
     printed = capsys.readouterr().out
@@ -244,9 +257,10 @@ def test_cases_run_what_a_model_runs() -> None:
 def test_a_rule_that_gives_other_numbers_is_an_error(monkeypatch, capsys) -> None:
     monkeypatch.setattr(batching_rules, "VOCABULARY", 50)
     monkeypatch.setattr(batching_rules, "take_first", lambda row, packing: take_first(row, packing) * 1.001)
-    assert batching_rules.main(RULES_BRIEFLY) == 1
+    assert benchmarks.batching_rules.main(RULES_BRIEFLY) == 1
     assert "differs from the loop beyond the tolerance: first tokens (single)" in capsys.readouterr().err
-    assert batching_rules.main([*RULES_BRIEFLY, "--repeat", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.batching_rules.main([*RULES_BRIEFLY, "--repeat", "0"])
     assert "--repeat: expected 1 or more, got 0" in capsys.readouterr().err
 
 
@@ -256,7 +270,7 @@ def test_a_rule_that_gives_other_numbers_is_an_error(monkeypatch, capsys) -> Non
 def test_precisions_are_judged_and_timed(checkpoint: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "figures.json"
     arguments = ["--members", str(checkpoint), "--data-dir", "sample", "--batch", "1", "--seconds", "0.1"]
-    assert precision.main([*arguments, "--markdown", "--json", str(path)]) == 0
+    assert benchmarks.precision.main([*arguments, "--markdown", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     rows = {row["name"]: row for row in figures["accuracy"]}
     assert rows["fp32"]["changed"] == 0
@@ -272,6 +286,6 @@ def test_precisions_are_judged_and_timed(checkpoint: Path, tmp_path: Path, capsy
 
 def test_checkpoints_of_other_models_can_not_be_judged(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        precision.main(["--model", "resnet18", "--members", "a.pt"])
+        benchmarks.precision.main(["--model", "resnet18", "--members", "a.pt"])
     assert stop.value.code == 2
     assert "--members are MNIST checkpoints" in capsys.readouterr().err

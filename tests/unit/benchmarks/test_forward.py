@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import forward, scaling, seeds
+import benchmarks.forward
+import benchmarks.scaling
+import benchmarks.seeds
 from benchmarks.measuring import measure, networks, roofline
 from benchmarks.measuring.measure import Timing
 from benchmarks.measuring.rivals import Call, Rivals
-from training.mnist_data import SAMPLE_DIR, load_digits
+from benchmarks.runs import forward, scaling, seeds
+from training.runs.mnist_data import SAMPLE_DIR, load_digits
 
 QUICK = ["--seconds", "0.05", "--threads", "1"]
 
@@ -133,7 +136,9 @@ def test_forward_writes_its_cells(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "forward.json"
     only = ["--only", "stock_vmap", "ours_prepared", "openvino"]
     assert (
-        forward.main(["--model", "mnist", "--members", "2", "--batch", "1", "2", *only, *QUICK, "--json", str(file)])
+        benchmarks.forward.main(
+            ["--model", "mnist", "--members", "2", "--batch", "1", "2", *only, *QUICK, "--json", str(file)]
+        )
         == 0
     )
     figures = json.loads(file.read_text())
@@ -161,7 +166,7 @@ def test_a_rival_with_other_numbers_gives_exit_1(
         return lambda: call() * 1.01
 
     monkeypatch.setattr(Rivals, "stock_vmap", build_wrong)
-    assert forward.main(["--model", "mnist", "--members", "2", "--only", "stock_vmap", *QUICK]) == 1
+    assert benchmarks.forward.main(["--model", "mnist", "--members", "2", "--only", "stock_vmap", *QUICK]) == 1
     assert "stock_vmap differs by" in capsys.readouterr().err
 
 
@@ -172,7 +177,10 @@ def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(Rivals, "openvino", fail)
     file = tmp_path / "forward.json"
     assert (
-        forward.main(["--model", "mnist", "--members", "1", "--only", "openvino", *QUICK, "--json", str(file)]) == 0
+        benchmarks.forward.main(
+            ["--model", "mnist", "--members", "1", "--only", "openvino", *QUICK, "--json", str(file)]
+        )
+        == 0
     )
     rows = json.loads(file.read_text())["cells"][0]["rows"]
     assert rows[-1] == {"rival": "openvino", "left_out": "RuntimeError: no such thing"}
@@ -182,10 +190,11 @@ def test_half_precision_is_held_to_its_own_tolerance(tmp_path: Path, monkeypatch
     # Not MNIST: a CPU without instructions for bfloat16 takes minutes for its convolutions.
     tiny = networks.Network("tiny", lambda: nn.Linear(16, 4).eval(), lambda batch: (torch.randn(batch, 16),))
     monkeypatch.setitem(networks.NETWORKS, "tiny", tiny)
+    monkeypatch.setattr(benchmarks.forward, "NETWORKS", ["tiny"])
     file = tmp_path / "forward.json"
     only = ["--only", "stock_vmap", "ours_cudagraph"]
     options = ["--model", "tiny", "--members", "2", "--dtype", "bf16", *only, *QUICK, "--json", str(file)]
-    assert forward.main(options) == 0
+    assert benchmarks.forward.main(options) == 0
     (cell,) = json.loads(file.read_text())["cells"]
     assert (cell["dtype"], cell["device"]) == ("bf16", "cpu")
     assert cell["work"]["bytes"] == pytest.approx(2 * 2 * (16 * 4 + 4), rel=0.3)
@@ -214,7 +223,7 @@ def test_stacks_are_the_members() -> None:
 
 def test_scaling_writes_times_and_memory(tmp_path: Path) -> None:
     file = tmp_path / "scaling.json"
-    assert scaling.main(["--model", "mnist", "--members", "1", "4", *QUICK, "--json", str(file)]) == 0
+    assert benchmarks.scaling.main(["--model", "mnist", "--members", "1", "4", *QUICK, "--json", str(file)]) == 0
     (table,) = json.loads(file.read_text())["networks"]
     one, four = table["rows"]
     assert four["stack_mib"] == pytest.approx(4 * one["stack_mib"], rel=0.01)
@@ -225,14 +234,14 @@ def test_scaling_writes_times_and_memory(tmp_path: Path) -> None:
 
 def test_scaling_wants_two_sizes() -> None:
     with pytest.raises(SystemExit):
-        scaling.main(["--model", "mnist", "--members", "4", "4"])
+        benchmarks.scaling.main(["--model", "mnist", "--members", "4", "4"])
 
 
 def test_seeds_are_beside_what_was_published(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "seeds.json"
-    assert seeds.main(["--settings", "mnist", *QUICK, "--json", str(file)]) == 0
+    assert benchmarks.seeds.main(["--settings", "mnist", *QUICK, "--json", str(file)]) == 0
     (cell,) = json.loads(file.read_text())["cells"]
     assert (cell["members"], cell["batch"], cell["published_ratio"]) == (2, 1, 17.0)
     assert "not the same hardware" in capsys.readouterr().out

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import loading, served_start
+from benchmarks import served_start
+from benchmarks.runs import loading
 
 
 def test_phases_are_in_order_and_add_up(tmp_path: Path) -> None:

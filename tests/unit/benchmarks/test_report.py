@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks import report
-from benchmarks.measuring.rivals import RIVALS
+from benchmarks.options import RIVALS
 from benchmarks.reporting import names, pages
 from benchmarks.reporting.results import ROOT, Result, chip_slug, read_results
 from benchmarks.reporting.tables import Table, make_tables

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import scaled_decoding
+import benchmarks.scaled_decoding
+import benchmarks.serve.in_process
 from benchmarks.draw_sample_image import draw_landscape
-from benchmarks.serve import in_process
-from benchmarks.serve.__main__ import add_ratios
+from benchmarks.runs.serve import add_ratios
 from benchmarks.serve.archives import SUBJECTS, loop_probabilities, read_digits, write_members
 from benchmarks.serve.client import Client, Plan, Round, arrivals, run
 from benchmarks.serve.load import make_plan, measure_memory, percentile, run_client, summarise_rounds
@@ -215,7 +215,7 @@ def test_a_batch_in_process_agrees_with_the_loop(tmp_path, monkeypatch, capsys) 
         "--json",
         str(file),
     ]
-    assert in_process.main(arguments) == 0
+    assert benchmarks.serve.in_process.main(arguments) == 0
     torch.set_num_threads(threads)
     assert root.level == level
     rows = json.loads(file.read_text())["rows"]
@@ -229,7 +229,7 @@ def test_scaled_decoding_is_compared_with_decoding_whole(tmp_path, capsys) -> No
     draw_landscape().resize((600, 400)).save(photo, quality=95)
     arguments = [str(photo), "--enlarge", "2.6", "--members", "1", "--calls", "2", "--json", str(file)]
     threads = torch.get_num_threads()
-    assert scaled_decoding.main(arguments) == 0
+    assert benchmarks.scaled_decoding.main(arguments) == 0
     torch.set_num_threads(threads)
     rows = {(row["photo"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
     assert len(rows) == 8

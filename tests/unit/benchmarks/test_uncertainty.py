@@ -9,9 +9,10 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from benchmarks import uncertainty
-from training.mnist import save_state_dict
-from training.mnist_data import SAMPLE_DIR, Digits, load_digits
+import benchmarks.uncertainty
+from benchmarks.runs import uncertainty
+from training.runs.mnist import save_state_dict
+from training.runs.mnist_data import SAMPLE_DIR, Digits, load_digits
 from vmap_ensemble.models.mnist import MnistNet
 
 
@@ -81,7 +82,7 @@ def test_given_members_are_measured_and_written(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
     pictures = ["--save-unlike", str(tmp_path / "unlike")]
     arguments = ["--members", str(tmp_path / "members"), "--images", "60", "--json", str(target), *pictures]
-    code = uncertainty.main(arguments)
+    code = benchmarks.uncertainty.main(arguments)
     figures = json.loads(target.read_text())
     assert code == 0
     assert (figures["table"], figures["members"], figures["trained"]) == ("uncertainty", 2, None)
@@ -100,7 +101,7 @@ def test_given_members_are_measured_and_written(tmp_path: Path) -> None:
 
 def test_one_member_cannot_disagree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        uncertainty.main(["--num-models", "1"])
+        benchmarks.uncertainty.main(["--num-models", "1"])
     assert "expected at least 2, got 1" in capsys.readouterr().err
-    assert uncertainty.main(["--members", str(tmp_path / "none")]) == 2
+    assert benchmarks.uncertainty.main(["--members", str(tmp_path / "none")]) == 2
     assert "error: " in capsys.readouterr().err

@@ -21,12 +21,12 @@ from vmap_ensemble.encoders.packing import boundaries, pack, take_first, unpack
 from vmap_ensemble.errors import ItemError, LoadError
 
 BASE = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
-WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CONFIGS = {
     "bert": {**BASE, **WIDE, "max_position_embeddings": 40},
     "roberta": {**BASE, **WIDE, "max_position_embeddings": 42, "pad_token_id": 1},
     "xlm-roberta": {**BASE, **WIDE, "max_position_embeddings": 42, "pad_token_id": 1},
-    "distilbert": {**BASE, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 40},
+    "distilbert": {**BASE, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 40},
     "electra": {**BASE, **WIDE, "max_position_embeddings": 40, "embedding_size": 16},
     "mpnet": {**BASE, **WIDE, "max_position_embeddings": 42, "pad_token_id": 1},
 }

@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastertransformer import build, trace
+import fastertransformer.build
+import fastertransformer.trace
+from fastertransformer import library as build
+from fastertransformer import tracing as trace
 from fastertransformer.modules import PADDING_LOGIT
 from vmap_ensemble.encoders.traced.library import accepts_token_types, load_ft_library, load_traced
 from vmap_ensemble.errors import LoadError
@@ -257,11 +260,11 @@ def test_command_line_in_one_step(tmp_path: Path, capsys: pytest.CaptureFixture)
                "--tokenizer_name", checkpoint,
                "--batch_size", "2", "--max_seq_length", "32", "--data_type", "fp32", "--model_type", "thsext",
                "--remove_padding", "--do_lower_case", "--output", str(tmp_path / "out" / "traced.pt")]  # fmt: skip
-    assert trace.main(options) == 0
+    assert fastertransformer.trace.main(options) == 0
     assert "equal to the checkpoint within" in capsys.readouterr().out
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert accepts_token_types(load_traced(tmp_path / "out" / "traced.pt"))
-    assert trace.main([*options[:-1], str(tmp_path / "none.pt"), "--model_type", "ori"]) == 0
+    assert fastertransformer.trace.main([*options[:-1], str(tmp_path / "none.pt"), "--model_type", "ori"]) == 0
     assert "writes nothing" in capsys.readouterr().out
     assert not (tmp_path / "none.pt").exists()
 
@@ -289,7 +292,7 @@ def test_checkpoint_without_the_head(tmp_path: Path) -> None:
 
 def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--mode", "question_answering", "--model_name_or_path", str(tmp_path / "none")]
-    assert trace.main(options) == 1
+    assert fastertransformer.trace.main(options) == 1
     assert "error: --model_name_or_path" in capsys.readouterr().err
 
 
@@ -440,7 +443,7 @@ def test_traced_on_cuda(tmp_path: Path) -> None:
 def test_build_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert build.main(["--output", str(tmp_path / "x.so")]) == 1
+    assert fastertransformer.build.main(["--output", str(tmp_path / "x.so")]) == 1
     assert "No C++ compiler: expected g++" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from archiver.__main__ import main as archive_command
 from archiver.command import main as command
-from archiver.pack import RESERVED_NAMES
+from archiver.packing.pack import RESERVED_NAMES
 from optimise.distil import losses
 from optimise.distil.command import main
 from optimise.distil.students import HeadsStudent, OneStudent, last_module, train_mode

@@ -16,6 +16,7 @@ OWN_DIMENSIONS = {
     "EnsembleAbstentions": ("counter", []),
     "EnsembleMemberAnswers": ("counter", ["Member"]),
     "EnsembleNonFiniteMembers": ("counter", ["Member"]),
+    "EnsembleDissentingMembers": ("counter", ["Member"]),
     "EnsembleFallbacks": ("counter", ["Reason"]),
     "EnsembleParseTime": ("histogram", []),
     "EnsembleForwardTime": ("histogram", []),
@@ -66,7 +67,16 @@ def test_production_config_has_keys_tls_and_no_model_api() -> None:
     assert properties["enable_grpc_ssl"] == "true"
 
 
-@pytest.mark.parametrize("name", ["config.properties", "production.properties"])
+def test_container_config_is_for_neighbours_and_keeps_the_management_inside() -> None:
+    properties = read_properties(CONFIG / "container.properties")
+    assert properties["inference_address"] == "http://0.0.0.0:8080"
+    assert properties["metrics_address"] == "http://0.0.0.0:8082"
+    assert "127.0.0.1" in properties["management_address"]
+    assert properties["enable_model_api"] == "false"
+    assert properties["allowed_urls"] == read_properties(CONFIG / "production.properties")["allowed_urls"]
+
+
+@pytest.mark.parametrize("name", ["config.properties", "production.properties", "container.properties"])
 def test_files_that_a_config_names_exist(name: str) -> None:
     properties = read_properties(CONFIG / name)
     assert (CONFIG.parent / properties["metrics_config"]).is_file()

@@ -29,6 +29,8 @@ REASONS = (
     "a running production server",
     "a Java development kit",
     "members of your own",
+    "a Docker daemon",
+    "a cluster",
 )
 # Page -> part of a block -> the test that runs it. An empty part stands for all blocks of the page.
 RUN_BY: dict[str, dict[str, str]] = {
@@ -44,6 +46,7 @@ RUN_BY: dict[str, dict[str, str]] = {
         "GrpcClient": "tests/server/test_serving.py::test_the_clients_of_the_package",
         "vmap_ensemble.client": "tests/unit/client/test_clients.py::test_the_blocks_of_the_page_run",
     },
+    "docs/demo.md": {"vmap-ensemble demo": "tests/server/test_demo_page.py::launch"},
     "docs/deployment.md": {
         "openssl": "tests/server/test_deployment_page.py::running",
         "export TEMP": "tests/server/test_deployment_page.py::running",
@@ -53,6 +56,9 @@ RUN_BY: dict[str, dict[str, str]] = {
         "health https": "tests/server/test_deployment_page.py::test_health_is_asked_with_a_key",
         "health http:": "tests/server/test_probes.py::test_the_line_of_the_page_is_healthy",
     },
+    "docs/proxy.md": dict.fromkeys(
+        ("install -D", "openssl rand", "curl"), "tests/server/deploy/test_nginx.py::test_the_page_as_written"
+    ),
     "docs/monitoring.md": {"curl": "tests/server/test_probes.py::test_the_line_of_the_page_gives_metrics"},
     "docs/from_torchserve.md": {
         "torch-model-archiver": "tests/server/test_from_torchserve.py::images",
@@ -65,23 +71,36 @@ RUN_BY: dict[str, dict[str, str]] = {
         "tests/unit/optimise/test_distil.py::test_the_commands_of_the_page_run_as_written",
     )
     | {"bert_ens": "tests/unit/optimise/test_texts.py::test_the_commands_of_the_page_run_as_written"},
+    "docs/precision.md": {
+        "vmap-ensemble quantise": "tests/unit/optimise/test_quantise.py::"
+        "test_the_command_of_the_page_builds_what_it_judged",
+    },
     "docs/prune.md": dict.fromkeys(
         ("vmap-ensemble prune", "./archive.sh photos_ens_pruned"),
         "tests/unit/optimise/test_prune.py::test_the_commands_of_the_page_run_as_written",
     ),
     "docs/export.md": {"": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written"},
+    "docs/kserve.md": {"curl": "tests/server/test_kserve.py::test_the_lines_of_the_page_are_answered"},
     "docs/library.md": {"": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written"},
     "docs/offline.md": {
         "predict_many": "tests/archive/test_library_page.py::test_blocks_of_the_pages_run_as_written",
         "vmap-ensemble predict": "tests/archive/test_library_page.py::test_the_command_for_a_folder_runs_as_written",
     },
+    "docs/moving.md": {
+        ":8000/predictions": "tests/server/test_ray_serve.py::test_the_lines_of_the_page_are_answered",
+        ":8080/predictions": "tests/server/test_kserve.py::test_the_lines_of_the_page_are_answered",
+        "export": "tests/archive/test_library_page.py::test_the_page_of_exports_runs_as_written",
+        "litserve": "tests/server/test_litserve.py::served",
+        "predict model_store": "tests/archive/test_library_page.py::test_the_command_for_a_folder_runs_as_written",
+    },
     "docs/own_handler.md": {"": "tests/unit/frontends/torchserve/test_own_handler.py::space"},
     "docs/versions.md": {"curl": "tests/server/test_versions.py::test_update_and_roll_back_lose_nothing"},
 }
 SHELL = re.compile(
-    r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|\w+=\$\()|"
+    r"(\$ )?(\./|\.venv/|\. |scripts/|[A-Z_]+=|etc=|\w+=\$\()|"
     r"(\$ )?(python|pip|curl|torchserve|torch-model-archiver|vmap-ensemble)\b|"
-    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|ray|serve (run|deploy|status))\b"
+    r"(\$ )?(git|mkdir|export|for|openssl|keytool|docker|kubectl|nginx|prometheus|install|umask)\b|"
+    r"(\$ )?(ray|serve (run|deploy|status))\b"
 )
 PYTHON = re.compile(r"(from [\w.]+ import |import \w|with \w+\(|@\w+)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
@@ -278,9 +297,15 @@ def test_metrics_of_the_page_are_declared_and_all_are_there() -> None:
     declared = yaml.safe_load(read("config/metrics.yaml"))
     names = {row["name"] for rows in declared["model_metrics"].values() for row in rows}
     own = {name for name in names if name.startswith("Ensemble")}
+    alerts = yaml.safe_load(read("deploy/prometheus/alerts.yml"))["groups"][1]["rules"]
+    assert re.findall(r"^\| `(Ensemble\w+)` \|", page.partition("## Worth an alarm")[2], re.M) == [
+        rule["alert"] for rule in alerts
+    ]
     assert set(re.findall(r"`(Ensemble\w+)`", page.partition("## Prometheus")[0])) == own
     histograms = {row["name"] for row in declared["model_metrics"]["histogram"]}
-    for name, part in re.findall(r"(Ensemble[A-Za-z]+)(_sum|_count)?", page.partition("## Worth a panel")[2]):
+    for name, part in re.findall(
+        r"(Ensemble[A-Za-z]+)(_sum|_count)?", page.partition("## Worth a panel")[2].partition("##")[0]
+    ):
         assert name in own, name
         assert not part or name in histograms, name
     theirs = {row["name"] for row in declared["ts_metrics"]["counter"]}

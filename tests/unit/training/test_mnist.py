@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-from training import evaluate, mnist, mnist_data
-from training.mnist_data import DataError, Digits, load_digits, read_idx, write_idx
+import training.evaluate
+import training.mnist
+import training.mnist_data
+from training.runs import evaluate, mnist, mnist_data
+from training.runs.mnist_data import DataError, Digits, load_digits, read_idx, write_idx
 from vmap_ensemble.models.mnist import MnistNet
 
 
@@ -99,7 +102,7 @@ def test_damaged_idx_is_refused(tmp_path: Path, raw: bytes, message: str) -> Non
         read_idx(tmp_path / "labels", ndim=1)
 
 
-@pytest.mark.parametrize("raw", [gzip.compress(HEADER + b"abc")[:-9], b"no gzip at all"])
+@pytest.mark.parametrize("raw", [gzip.compress(HEADER + b"abc")[:-9], b"no gzip at all"], ids=["cut", "none"])
 def test_damaged_gzip_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "labels.gz").write_bytes(raw)
     with pytest.raises(DataError, match="not a whole gzip file"):
@@ -132,7 +135,7 @@ def test_make_sample_takes_every_tenth_and_every_fifth(tiny_data: Path, tmp_path
     many = torch.arange(10, dtype=torch.uint8).repeat_interleave(5)  # every fifth: each digit once
     write_idx(tiny_data / "t10k-images-idx3-ubyte.gz", torch.zeros((50, 28, 28), dtype=torch.uint8))
     write_idx(tiny_data / "t10k-labels-idx1-ubyte.gz", many)
-    assert mnist_data.main(["--make-sample", str(tiny_data), str(target)]) == 0
+    assert training.mnist_data.main(["--make-sample", str(tiny_data), str(target)]) == 0
     sample = load_digits(target / "mnist", "train")
     assert torch.equal(sample.images, full.images[::10])
     assert torch.equal(sample.labels, full.labels[::10])
@@ -150,7 +153,7 @@ def test_default_data_is_the_download_or_else_the_sample(tmp_path: Path, monkeyp
 
 def test_download_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nothing listens there
-    assert mnist.main(["--download", "--data-dir", str(tmp_path)]) == 1
+    assert training.mnist.main(["--download", "--data-dir", str(tmp_path)]) == 1
     assert "could not be downloaded" in capsys.readouterr().err
 
 
@@ -170,10 +173,10 @@ def test_command_writes_one_loadable_file_a_seed(tiny_data: Path, tmp_path: Path
     output = tmp_path / "members"
     arguments = ["--num-models", "2", "--epochs", "1", "--seed", "7", "--threads", "1"]
     arguments += ["--data-dir", str(tiny_data), "--output-dir", str(output)]
-    assert mnist.main(arguments) == 0
+    assert training.mnist.main(arguments) == 0
     assert not output.exists()
     assert "nothing was written" in capsys.readouterr().out
-    assert mnist.main([*arguments, "--save-model"]) == 0
+    assert training.mnist.main([*arguments, "--save-model"]) == 0
     assert sorted(file.name for file in output.iterdir()) == ["mnist-seed7.pt", "mnist-seed8.pt"]
     assert f"data: 96 training and 32 test images of {tiny_data}\n" in capsys.readouterr().out
     states = [torch.load(file, weights_only=True) for file in sorted(output.iterdir())]
@@ -185,8 +188,8 @@ def test_command_writes_one_loadable_file_a_seed(tiny_data: Path, tmp_path: Path
 
 def test_a_seed_gives_the_same_member_alone_or_among_others(tiny_data: Path, tmp_path: Path) -> None:
     arguments = ["--save-model", "--epochs", "1", "--threads", "1", "--data-dir", str(tiny_data)]
-    mnist.main([*arguments, "--seed", "1", "--num-models", "2", "--output-dir", str(tmp_path / "two")])
-    mnist.main([*arguments, "--seed", "2", "--num-models", "1", "--output-dir", str(tmp_path / "one")])
+    training.mnist.main([*arguments, "--seed", "1", "--num-models", "2", "--output-dir", str(tmp_path / "two")])
+    training.mnist.main([*arguments, "--seed", "2", "--num-models", "1", "--output-dir", str(tmp_path / "one")])
     first, second = (torch.load(tmp_path / folder / "mnist-seed2.pt", weights_only=True) for folder in ("two", "one"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -228,12 +231,12 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("arguments", [["--num-models", "0"], ["--lr", "-1"], ["--epochs", "0"]])
 def test_senseless_counts_are_refused(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
-        mnist.main(arguments)
+        training.mnist.main(arguments)
     assert "expected a number above 0" in capsys.readouterr().err
 
 
 def test_missing_data_is_one_line_and_exit_1(tmp_path: Path, capsys) -> None:
-    assert mnist.main(["--data-dir", str(tmp_path)]) == 1
+    assert training.mnist.main(["--data-dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: expected train-images")
 
 
@@ -272,18 +275,18 @@ def test_evaluate_command_prints_and_writes_the_same_figures(tiny_data: Path, tm
         mnist.save_state_dict(MnistNet(), tmp_path / "members" / f"{name}.pt")
     arguments = ["--members", str(tmp_path / "members"), "--data-dir", str(tiny_data)]
     file = tmp_path / "figures.json"
-    assert evaluate.main([*arguments, "--markdown", "--json", str(file)]) == 0
+    assert training.evaluate.main([*arguments, "--markdown", "--json", str(file)]) == 0
     printed, figures = capsys.readouterr().out, json.loads(file.read_text())
     assert [score["name"] for score in figures["scores"]] == ["a", "b", "ensemble"]
     assert figures["images"] == 32
     for score in figures["scores"]:
         assert f"| {score['name']} | {score['accuracy']:.2%} | {score['nll']:.4f} |" in printed
-    assert evaluate.main(arguments) == 0
+    assert training.evaluate.main(arguments) == 0
     assert f"{figures['scores'][-1]['accuracy']:.2%}" in capsys.readouterr().out
 
 
 def test_evaluate_without_members_says_how_to_train_some(tmp_path: Path, capsys) -> None:
-    assert evaluate.main(["--members", str(tmp_path)]) == 1
+    assert training.evaluate.main(["--members", str(tmp_path)]) == 1
     assert "python -m training.mnist --save-model" in capsys.readouterr().err
 
 

@@ -12,9 +12,11 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
+import training.question_answering
 from tests.unit.training.test_bert import save_weights
-from training import question_answering as qa
-from training.bert import DemoError
+from training.options import HELD_OUT_FILE, QUESTIONS_FILE
+from training.runs import question_answering as qa
+from training.runs.bert import DemoError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "car", "house", "is", "red", "blue", "what", "colour"]
 PAIRS = TemplateProcessing(
@@ -52,17 +54,16 @@ def questions(tmp_path: Path) -> Path:
 
 
 def test_the_questions_are_many_and_held_out_scenes_are_new() -> None:
-    train, held_out = qa.read_questions(qa.QUESTIONS_FILE), qa.read_questions(qa.HELD_OUT_FILE)
+    train, held_out = qa.read_questions(QUESTIONS_FILE), qa.read_questions(HELD_OUT_FILE)
     assert len(train) >= 400
     assert len(held_out) >= 100
     titles = [
-        {title["title"] for title in json.loads(file.read_text())["data"]}
-        for file in (qa.QUESTIONS_FILE, qa.HELD_OUT_FILE)
+        {title["title"] for title in json.loads(file.read_text())["data"]} for file in (QUESTIONS_FILE, HELD_OUT_FILE)
     ]
     assert not titles[0] & titles[1]
     assert not {one.context for one in train} & {one.context for one in held_out}
     assert all(one.context.count(one.answer) >= 1 for one in train)
-    assert qa.QUESTIONS_FILE.stat().st_size + qa.HELD_OUT_FILE.stat().st_size < 120_000
+    assert QUESTIONS_FILE.stat().st_size + HELD_OUT_FILE.stat().st_size < 120_000
 
 
 def test_members_learn_where_the_answer_stands(weights: Path, questions: Path, tmp_path: Path, monkeypatch) -> None:
@@ -124,5 +125,5 @@ def test_question_files_that_are_wrong_are_refused(questions: Path, change: Any,
 
 def test_a_missing_file_is_one_line(tmp_path: Path, weights: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(qa, "find_weights", lambda: weights)
-    assert qa.main(["--questions", str(tmp_path / "gone.json")]) == 1
+    assert training.question_answering.main(["--questions", str(tmp_path / "gone.json")]) == 1
     assert capsys.readouterr().err == "error: gone.json: can't be read (No such file or directory)\n"

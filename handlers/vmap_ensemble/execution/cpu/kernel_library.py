@@ -53,16 +53,33 @@ class InstructionSet:
         return f"kernels-{self.name}-{made_of.hexdigest()[:12]}.so"
 
 
-# By the capability that PyTorch reports.
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma")
+# By `capability`, the widest last.
 INSTRUCTION_SETS = {
     "AVX2": InstructionSet("avx2", 8, ("-mavx2", "-mfma")),
-    "AVX512": InstructionSet("avx512", 16, ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma")),
+    "AVX512": InstructionSet("avx512", 16, _AVX512),
+    "AVX512_VNNI": InstructionSet("avx512vnni", 16, (*_AVX512, "-mavx512vnni")),
 }
 
 
 def instruction_set() -> InstructionSet | None:
     """What the kernels are compiled for on this machine; None if its CPU is another one."""
-    return INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability()) if runs_kernels() else None
+    return INSTRUCTION_SETS.get(capability()) if runs_kernels() else None
+
+
+def capability() -> str:
+    """What PyTorch reports of this CPU, and whether it multiplies 8-bit numbers."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return f"{name}_VNNI" if name == "AVX512" and "avx512_vnni" in _cpu_flags() else name
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def runs_kernels() -> bool:
@@ -133,7 +150,7 @@ def load_library() -> ctypes.CDLL | None:
         packed = SOURCES / target.file
         return _open(packed if packed.exists() else build_library(target, CACHE))
     except (LoadError, OSError) as error:
-        logger.warning("convolutions and single rows run without kernels of our own: %s", first_line(error))
+        logger.warning("convolutions, single rows and encoders run without kernels of our own: %s", first_line(error))
         return None
 
 
@@ -145,8 +162,12 @@ def library_name() -> str | None:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     library.winograd_pack.argtypes = [number, pointer, pointer, size, size]
     library.winograd_convolve.argtypes = [number, *[pointer] * 6, number, number, number]
     library.single_row_multiply.argtypes = [number, *[pointer] * 5, number, number]
+    library.encoder_pack.argtypes = [pointer, pointer, size, size]
+    library.encoder_pack_int8.argtypes = [pointer, pointer, pointer, size, size]
+    library.encoder_int8_floats.argtypes, library.encoder_int8_floats.restype = [size, size], size
+    library.encoder_run.argtypes = [*[pointer] * 6, number, number, number, real, real, number, number]
     return library

@@ -18,8 +18,8 @@ def kernels_of(forward: Forward) -> str | None:
     """The library of our own kernels that would serve; None where it can't."""
     # Asked for where they serve alone: the answer may take a compiler, and a warning that there is none.
     plain = forward.one_vmap
-    serves = plain is not None and forward.members.device.type == "cpu" and plain.has_convolutions
-    return library_name() if serves else None
+    serves = forward.preparation is not None or (plain is not None and plain.has_convolutions)
+    return library_name() if serves and forward.members.device.type == "cpu" else None
 
 
 def reasons_against(forward: Forward, _examples: Sequence[Args], _options: ExecutionOptions) -> list[str]:

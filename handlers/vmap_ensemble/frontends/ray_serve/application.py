@@ -17,9 +17,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vmap_ensemble.errors import RequestError
-from vmap_ensemble.frontends.ray_serve.door import Ask, Door, Taken
+from vmap_ensemble.frontends.door import Ask, Door, Taken
 from vmap_ensemble.frontends.ray_serve.replica import Served
-from vmap_ensemble.frontends.ray_serve.settings import ModelSettings, deployment_name, read_application
+from vmap_ensemble.frontends.ray_serve.settings import (
+    ApplicationSettings,
+    ModelSettings,
+    deployment_name,
+    read_application,
+)
 from vmap_ensemble.serving.batch import Reply
 
 # No name of a model begins like that.
@@ -38,7 +43,7 @@ def app(args: dict[str, Any]) -> Application:
         SettingsError: A key or value is wrong.
     """
     read = read_application(args)
-    bound = {name: _bind(name, model, read.max_request_bytes) for name, model in read.models.items()}
+    bound = {name: _bind(name, model, read) for name, model in read.models.items()}
     if len(bound) == 1:
         return next(iter(bound.values()))
     deploy = serve.deployment(
@@ -47,10 +52,10 @@ def app(args: dict[str, Any]) -> Application:
     return deploy(Entrance).bind(bound, read.max_request_bytes)
 
 
-def _bind(name: str, model: ModelSettings, most_bytes: int) -> Application:
+def _bind(name: str, model: ModelSettings, read: ApplicationSettings) -> Application:
     # While one batch is run the next one must be able to gather: Ray's own limit of 5 would be the batch's.
     deploy = serve.deployment(name=deployment_name(name), max_ongoing_requests=2 * model.batch_size, user_config={})
-    return deploy(Served).bind(name, model, most_bytes)
+    return deploy(Served).bind(name, model, read.max_request_bytes, read.invocations)
 
 
 class Entrance:

@@ -6,15 +6,7 @@ from typing import Any
 
 from ray.serve import metrics
 
-from vmap_ensemble.serving.metrics import COMMON_LABELS, METRICS, check_name
-
-# Upper ends of the buckets, by unit. Ray makes a histogram's sum of its buckets' middles, so these lie around the
-# whole numbers that batches have most, and close together elsewhere.
-BUCKETS: dict[str, list[float]] = {
-    "seconds": [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10],
-    "count": [*(size + 0.5 for size in range(17)), 24.5, 32.5, 48.5, 64.5, 96.5, 128.5, 256.5],
-    "nats": [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5],
-}
+from vmap_ensemble.serving.metrics import BUCKETS, COMMON_LABELS, METRICS, check_name
 
 
 class Metrics:

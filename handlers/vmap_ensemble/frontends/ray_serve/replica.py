@@ -13,15 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vmap_ensemble.ensemble import Ensemble
-from vmap_ensemble.errors import RequestError
-from vmap_ensemble.frontends.ray_serve.door import Door, Taken
+from vmap_ensemble.frontends.door import Door, Taken, open_taken
+from vmap_ensemble.frontends.loading import ask_sample, load_served
 from vmap_ensemble.frontends.ray_serve.metrics import Metrics
+from vmap_ensemble.frontends.ray_serve.sagemaker import SageMakerDoor
 from vmap_ensemble.frontends.ray_serve.settings import ModelSettings
-from vmap_ensemble.process.memory import freed_memory_returned, keep_freed_memory
 from vmap_ensemble.process.threads import cores_at_hand
-from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch, refusal
-from vmap_ensemble.serving.multipart import read_fields
-from vmap_ensemble.serving.statuses import reason_of
+from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch
 
 Result = TypeVar("Result")
 
@@ -33,9 +31,10 @@ class Served:
         name: What clients ask for.
         model: How it is served, unless a deployment's user_config says otherwise.
         most_bytes: Of a request's body.
+        invocations: Whether SageMaker's addresses are answered, too.
     """
 
-    def __init__(self, name: str, model: ModelSettings, most_bytes: int) -> None:
+    def __init__(self, name: str, model: ModelSettings, most_bytes: int, invocations: bool = False) -> None:
         self._name, self._defaults = name, model
         self._model: ModelSettings | None = None
         # One thread for all that torch does: it has the threads that were set and measured with, and the loop stays
@@ -44,6 +43,8 @@ class Served:
         self._idle = asyncio.Event()
         self._idle.set()
         self._door = Door({name: self.answer}, most_bytes)
+        if invocations:
+            self._door = SageMakerDoor(name, self.answer, most_bytes, self.check_health)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take a deployment's user_config; Ray calls it at the start, too. Requests wait while an archive is loaded.
@@ -71,11 +72,9 @@ class Served:
 
     async def answer(self, taken: Taken) -> Reply:
         """A request that came through a door, this replica's own or the entrance's."""
-        try:
-            incoming = Incoming(*read_fields(taken.body, taken.headers), taken.asks)
-        except RequestError as error:
-            self.metrics.record("EnsembleRefusedRequests", 1, str(error.status), reason_of(error.status))
-            return refusal(error.status, error.message)
+        incoming = open_taken(taken, self.metrics.record)
+        if isinstance(incoming, Reply):
+            return incoming
         # serve.batch closes a batch after its wait even while another is run, so that under load each would hold
         # what came within 2 ms. Whoever comes during a forward waits here, and joins the next batch.
         await self._idle.wait()
@@ -93,18 +92,10 @@ class Served:
     async def check_health(self) -> None:
         """Ask the members about the sample input; Ray replaces a replica where this raises, or takes too long."""
         if self._model is not None:
-            await self._run(_ask_sample, self.ensemble)
+            await self._run(ask_sample, self.ensemble)
 
     def _load(self, model: ModelSettings) -> tuple[Ensemble, Metrics]:
-        keep_freed_memory()
-        threads = model.settings.get("threads")
-        with freed_memory_returned():
-            ensemble = Ensemble.load(
-                model.archive,
-                threads=threads if isinstance(threads, int) else _cores(),
-                batch_sizes=[model.batch_size],
-                settings=model.settings,
-            )
+        ensemble = load_served(model.archive, model.batch_size, _cores(), model.settings)
         metrics = Metrics(self._name, ensemble.identity.version if ensemble.identity else "")
         for reason in ensemble.fallbacks():
             metrics.record("EnsembleFallbacks", 1, reason)
@@ -112,10 +103,6 @@ class Served:
 
     async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
-
-def _ask_sample(ensemble: Ensemble) -> None:
-    ensemble.outputs(*ensemble.task.collate(ensemble.task.sample_examples(1)))
 
 
 def _cores() -> int:

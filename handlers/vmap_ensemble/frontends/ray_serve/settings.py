@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vmap_ensemble.archive.settings import NotNegative, PositiveInt, parse_settings
 from vmap_ensemble.errors import SettingsError
+from vmap_ensemble.frontends.limits import MOST_BYTES
 
-# TorchServe's default configuration here: config/config.properties.
-MOST_BYTES = 32 * 1024 * 1024
 # As TorchServe's names; one slash parts a name from its version, so that /predictions/ens/2.0 is asked as there.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 
@@ -48,34 +47,39 @@ class ApplicationSettings:
     Attributes:
         models: Name that clients ask for -> the archive.
         max_request_bytes: Of a request's body.
+        invocations: Whether the one archive that is served answers SageMaker's addresses, too.
     """
 
     models: dict[str, Any]
     max_request_bytes: PositiveInt = MOST_BYTES
+    invocations: bool = False
 
 
 def read_application(args: Mapping[str, Any]) -> ApplicationSettings:
     """Check an application's arguments.
 
     Args:
-        args: `models` and `max_request_bytes`; or a single archive's own and its `name`, as on a command line.
+        args: As in `ApplicationSettings`; or without `models` a single archive's own and its `name`, as on a command
+            line.
 
     Raises:
         SettingsError: A key or value is wrong, or a name can't be asked for.
     """
     block = dict(args)
     if "models" not in block:
-        most = {"max_request_bytes": block.pop("max_request_bytes")} if "max_request_bytes" in block else {}
-        block = {"models": {str(block.pop("name", "ens")): block}, **most}
+        own: dict[str, Any] = {key: block.pop(key) for key in ("max_request_bytes", "invocations") if key in block}
+        block = {"models": {str(block.pop("name", "ens")): block}, **own}
     read = parse_settings(block, ApplicationSettings, "args")
     if not read.models:
         raise SettingsError("args: models: expected at least one archive")
+    if read.invocations and len(read.models) > 1:
+        raise SettingsError(f"args: invocations: expected one archive in models, got {len(read.models)}")
     models = {name: _read_model(name, model) for name, model in read.models.items()}
     names = [deployment_name(name) for name in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise SettingsError(f"args: models: two of them would be the deployment '{twice}'")
-    return ApplicationSettings(models=models, max_request_bytes=read.max_request_bytes)
+    return replace(read, models=models)
 
 
 def _read_model(name: str, block: Any) -> ModelSettings:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from vmap_ensemble.archive.settings import PositiveInt, Settings
+from vmap_ensemble.archive.settings import PositiveInt, QuantisableSettings
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
-class VisionSettings(Settings):
+class VisionSettings(QuantisableSettings):
     """Settings of handlers that take images."""
 
     max_pixels: PositiveInt = Field(50_000_000, description="Larger images are refused with a 413.")
@@ -30,27 +30,11 @@ class VisionSettings(Settings):
         description="Decode JPEG files at 1/2, 1/4 or 1/8 of their size where twice the pixels are left that the "
         "transform resizes to: faster for large photos, and not quite the same pixels (docs/resnet.md).",
     )
-    quantization: Literal["int8"] | None = Field(
-        None,
-        description="`int8`: convolutions and large linear layers with 8-bit weights and activations, on a CPU; "
-        "the archive is built with `--samples` (docs/precision.md).",
-    )
 
     @model_validator(mode="after")
     def _image_shape(self) -> VisionSettings:
         if self.input_shape is not None and len(self.input_shape) != 3:
             raise ValueError(f"input_shape: expected (channels, height, width), got {list(self.input_shape)}")
-        return self
-
-    @model_validator(mode="after")
-    def _quantization_alone(self) -> VisionSettings:
-        if self.quantization and self.dtype != "fp32":
-            raise ValueError(f"quantization {self.quantization} starts from dtype fp32, got dtype {self.dtype}")
-        if self.quantization and self.execution not in ("auto", "prepared"):
-            raise ValueError(
-                f"quantization {self.quantization} has one way to run; expected execution auto or prepared, "
-                f"got {self.execution}"
-            )
         return self
 
 

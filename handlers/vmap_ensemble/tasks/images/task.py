@@ -10,12 +10,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vmap_ensemble.archive.precision import read_precision
+from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.core.forward import Forward, as_one_vmap
 from vmap_ensemble.errors import UnfitItem, UnknownKind, UnreadableItem
 from vmap_ensemble.execution.int8.forward import quantise_forward
-from vmap_ensemble.process import phases
-from vmap_ensemble.process.phases import Phases
 from vmap_ensemble.tasks.budget import Budget
 from vmap_ensemble.tasks.images.batch_rows import allocate_rows, copy_rows, join_rows
 from vmap_ensemble.tasks.images.decoding import (
@@ -59,18 +57,13 @@ class ImageTask(Task):
         """Keys that an item which is an object may have; any, where `parse` is one's own."""
         return ITEM_KEYS if type(self).parse is ImageTask.parse else None
 
-    def make_forward(self, timed: Phases) -> Forward:
-        """As for every task; with quantization, in 8 bits.
+    def quantise(self, forward: Forward, precision: Precision | None) -> Forward:
+        """By the ranges of activations that the archive's samples gave.
 
         Raises:
             LoadError: The archive was built without samples to calibrate on, or they don't fit its members.
         """
-        forward = super().make_forward(timed)
-        if not self.settings.quantization:
-            return forward
-        with timed(phases.QUANTISE):
-            precision = read_precision(self._folder())
-            return quantise_forward(as_one_vmap(forward), precision, self.collate(self.sample_examples(1)))
+        return quantise_forward(as_one_vmap(forward), precision, self.collate(self.sample_examples(1)))
 
     def lay_out(self, channels_last: bool) -> None:
         """Batches are written in the memory format that the forward takes."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from vmap_ensemble.archive.precision import Precision
 from vmap_ensemble.archive.settings import Settings
-from vmap_ensemble.core.forward import EnsembleForward
+from vmap_ensemble.core.forward import EnsembleForward, Forward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.errors import NotOffered, TooLargeItem
 from vmap_ensemble.tasks.answers import Options
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 class EncoderTask(TextTask):
     """Members written by save_pretrained; the mode says what is asked of the text."""
+
+    calibrates = False
 
     def __init__(self, settings: Settings, place: Place) -> None:
         self.settings, self.place = settings, place
@@ -43,6 +46,16 @@ class EncoderTask(TextTask):
         if self.settings.captum_explanation and self.settings.embedding_name and self.mode.explains:
             self._make_explainer(forward)  # a wrong name is found here and not at the first explanation
         return forward
+
+    def quantise(self, forward: Forward, precision: Precision | None) -> Forward:
+        """Weights rounded once, rows when they come: nothing is calibrated.
+
+        Raises:
+            LoadError: The kernel doesn't take the encoder's layers, or there is none for this CPU.
+        """
+        from vmap_ensemble.encoders.quantised import quantise_encoder  # here: it imports transformers
+
+        return quantise_encoder(forward, self.collate(self.sample_examples(1)))
 
     def _make_explainer(self, forward: Any) -> Explainer:
         from vmap_ensemble.tasks.text.explanations.explainer import make_explainer  # here: it imports transformers

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from vmap_ensemble.archive.settings import PositiveInt, Probability, Settings, list_names, refuse_unknown
+from vmap_ensemble.archive.settings import PositiveInt, Probability, QuantisableSettings, list_names, refuse_unknown
 from vmap_ensemble.models.text_modes import DEFAULT_MODE, TEXT_MODES, reason_against_mode
 
 TextModeName = Annotated[str, refuse_unknown(reason_against_mode)]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": False})
-class TextSettings(Settings):
+class TextSettings(QuantisableSettings):
     """Settings of handlers that take text; the keys of TorchServe's Hugging Face example among them."""
 
     mode: TextModeName = Field(
@@ -88,6 +88,7 @@ class TracedSettings(TextSettings):
     """Settings of the handler of traced FasterTransformer modules."""
 
     save_mode: Literal["torchscript"] = Field("torchscript", description="Members are traced modules.")
+    quantization: None = Field(None, description="Traced modules have the precision that they were traced in.")
     FasterTransformer: Literal[True] = Field(True, description="Members call FasterTransformer's class.")
     library: str = Field(
         "libpyt_fastertransformer.so", description="The library's file in the archive; later releases: libth_*.so."

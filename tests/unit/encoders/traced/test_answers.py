@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fastertransformer.trace import trace_checkpoint
+from fastertransformer.tracing import trace_checkpoint
 from tests.unit.tasks.text.test_encoder_task import CONFIGS, random_members
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.traced.answers import prove_traced, read_answers

@@ -72,7 +72,7 @@ def test_a_library_is_missed_with_one_line(monkeypatch, tmp_path, caplog, no_com
     with caplog.at_level(logging.WARNING):
         assert load_library.__wrapped__() is None
     assert caplog.messages == [
-        "convolutions and single rows run without kernels of our own: no C++ compiler: "
+        "convolutions, single rows and encoders run without kernels of our own: no C++ compiler: "
         "expected g++ 9 or newer on the path, or the variable CXX naming one"
     ]
 
@@ -87,8 +87,18 @@ def test_an_archive_brings_its_own(made, monkeypatch, tmp_path, no_compiler):
     assert load_library.__wrapped__()._name == str(tmp_path / AVX2.file)
 
 
-@pytest.mark.parametrize("capability", ["DEFAULT", "NEON"])
-def test_other_cpus_have_none(monkeypatch, capability):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [("AVX512", {"avx512_vnni"}, "AVX512_VNNI"), ("AVX512", set(), "AVX512"), ("AVX2", {"avx512_vnni"}, "AVX2")],
+)
+def test_products_of_8_bits_are_a_set_of_their_own(monkeypatch, name, flags, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+    monkeypatch.setattr(kernel_library, "_cpu_flags", lambda: flags)
+    assert instruction_set() is INSTRUCTION_SETS[expected]
+
+
+@pytest.mark.parametrize("name", ["DEFAULT", "NEON"])
+def test_other_cpus_have_none(monkeypatch, name):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
     assert instruction_set() is None
     assert load_library.__wrapped__() is None

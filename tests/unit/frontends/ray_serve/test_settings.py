@@ -38,6 +38,7 @@ def test_several_archives():
         ({"archive": "a", "batch_wait_s": -1}, "greater than or equal to 0"),
         ({"archive": "a", "max_request_bytes": "many"}, "max_request_bytes"),
         ({"models": {}}, "at least one archive"),
+        ({"models": {"a": {"archive": "x"}, "b": {"archive": "x"}}, "invocations": True}, "expected one archive"),
         ({"models": {"ens": "a.mar"}}, "expected an object with 'archive', got str"),
         ({"models": {"a b": {"archive": "x"}}}, "'a b': expected letters"),
         ({"models": {"a/1/2": {"archive": "x"}}}, "'a/1/2': expected letters"),

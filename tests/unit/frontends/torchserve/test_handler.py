@@ -11,6 +11,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("ts")
+
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from mnist_handler import MnistHandler

@@ -7,6 +7,9 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+
+pytest.importorskip("ts")
+
 from ts.protocol import otf_message_handler
 
 from vmap_ensemble.frontends.torchserve.worker import quieten_worker

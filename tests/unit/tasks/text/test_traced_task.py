@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from fastertransformer import trace
+from fastertransformer import tracing as trace
 from ft_bert_handler import FTBertHandler
 from tests.unit.tasks.text.test_encoder_task import BIO, CONFIGS, VOCABULARY, random_members, save_tokenizer
 from vmap_ensemble.archive.manifest import Manifest, hash_file

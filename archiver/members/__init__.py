@@ -1,0 +1,1 @@
+"""What a user calls a member -> files of one architecture that agree on classes and preprocessing."""

@@ -1,0 +1,1 @@
+"""What the commands of `benchmarks` do once their options are read."""
