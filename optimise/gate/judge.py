@@ -18,6 +18,7 @@ from optimise.gate.report import BATCHES, Column
 from quality.scores import measure_auroc, score
 from vmap_ensemble.core.aggregate import combine_classes
 from vmap_ensemble.ensemble import Ensemble
+from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.timing import time_call
 
 ROUNDS, WARM_UPS = 30, 3
@@ -102,10 +103,21 @@ def judge(teacher: Teacher, made: Made, test: Told, unlike: Told | None) -> dict
 
 
 def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
-    """State dicts as an archive of theirs would be run: with the teacher's settings, on its device."""
-    run = {"dtype": teacher.settings.dtype}
-    if not made.settings.get("quantization"):  # which has one way to run
-        run["execution"] = teacher.settings.execution
+    """State dicts as an archive of theirs would be run: with the teacher's settings, on its device.
+
+    In the mode that serves the teacher: another, chosen anew on a busy machine, would make it a comparison of modes.
+    Where what was made can't be run so, its own is measured.
+    """
+    if made.settings.get("quantization"):  # which has one way to run
+        return _run(teacher, made, like, {})
+    try:
+        return _run(teacher, made, like, {"execution": teacher.ensemble.execution.name})
+    except LoadError:
+        return _run(teacher, made, like, {"execution": "auto"})
+
+
+def _run(teacher: Teacher, made: Made, like: Tensor, execution: Mapping[str, str]) -> Ensemble:
+    run = {"dtype": teacher.settings.dtype, **execution}
     on_host = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in made.states.items()}
     return Ensemble.of(
         made.model.cpu(),

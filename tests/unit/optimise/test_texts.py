@@ -92,7 +92,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_archive(root / "reviews", states, settings)
     config.save_pretrained(folder / "pretrained")
     save_tokenizer(folder / "pretrained", WORDS)
-    rows = write_texts(200, 9)
+    rows = write_texts(120, 9)
     (root / "learn.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     lines = [{"text": text, "label": label} for text, label in write_texts(80, 10)]
     (root / "test.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -237,12 +237,12 @@ def test_pruned_encoders_lose_whole_heads_and_answer(texts: Path, tmp_path: Path
     assert told["architecture"] == "transformers:sequence_classification"
     layer = "bert.encoder.layer.0."
     assert {key.removeprefix(layer): widths for key, widths in told["widths"].items() if key.startswith(layer)} == {
-        "attention.self.query": [16, 8],
-        "attention.self.key": [16, 8],
-        "attention.self.value": [16, 8],
-        "attention.output.dense": [8, 16],
-        "intermediate.dense": [16, 16],
-        "output.dense": [16, 16],
+        "attention.self.query": [32, 16],
+        "attention.self.key": [32, 16],
+        "attention.self.value": [32, 16],
+        "attention.output.dense": [16, 32],
+        "intermediate.dense": [32, 32],
+        "output.dense": [32, 32],
     }
     packed = pack(tmp_path / "p", "reviews_pruned")
     asked = ["the film was great good fine", "bad"]
