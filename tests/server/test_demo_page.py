@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -87,7 +88,11 @@ def launch(archive: Path) -> Demo:
     words = shlex.split(line.replace("model_store/mnist_ens.mar", str(archive)))
     command = [sys.executable, "-m", "archiver.command", *words, "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": paths}
-    return Demo(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    # As in a terminal: a shell's jobs in the background are born deaf to Ctrl-C, and so would be what they start.
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return Demo(
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hear)
+    )
 
 
 def url_of(demo: Demo) -> str:

@@ -42,12 +42,14 @@ FLAT = {
 
 def shell(text: str, folder: Path) -> None:
     """Lines of the page, with the archiver of this repository; archives go into `folder`/new, loaded elsewhere."""
-    python = Path(sys.executable)
+    python, temporary = Path(sys.executable), folder / "temporary"
+    temporary.mkdir(exist_ok=True)
     text = text.replace("./archive.sh ", f"{ROOT}/archive.sh --output new --no-check ")
     environment = {
         "PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin",
         "PYTHON": str(python),
         "HOME": str(folder),
+        "TMPDIR": str(temporary),  # torch-model-archiver takes the model's name for a folder there
     }
     done = subprocess.run(
         ["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=240

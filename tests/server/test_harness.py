@@ -54,7 +54,7 @@ def test_logs_have_no_line_per_request(server: TorchServe) -> None:
 
 
 def test_listens_on_loopback_only(server: TorchServe) -> None:
-    listening = [c for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+    listening = [c for c in psutil.Process(server.pid).connections() if c.status == psutil.CONN_LISTEN]
     addresses = {c.laddr.ip.removeprefix("::ffff:") for c in listening}
     assert addresses == {"127.0.0.1"}
     assert len(listening) == 5

@@ -112,14 +112,14 @@ def assert_runs(form, members, lengths, *, own_rows=True, own_layers=True, at_a_
     torch.testing.assert_close(first, expected[:, starts], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("threads", "lengths"), itertools.product([1, 2, 3], TEXTS))
+@pytest.mark.parametrize(("threads", "lengths"), list(itertools.product([1, 2, 3], TEXTS)))
 def test_equals_torch(threads, lengths):
     torch.set_num_threads(threads)
     for members, at_a_time in itertools.product([1, 2, 5], [1, 2]):
         assert_runs(form_of(), members, lengths, at_a_time=at_a_time)
 
 
-@pytest.mark.parametrize(("threads", "lengths"), itertools.product([1, 2], TEXTS))
+@pytest.mark.parametrize(("threads", "lengths"), list(itertools.product([1, 2], TEXTS)))
 def test_int8_equals_the_same_numbers_in_torch(threads, lengths):
     torch.set_num_threads(threads)
     form, sizes = form_of(), torch.tensor(lengths)
