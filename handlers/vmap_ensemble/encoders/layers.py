@@ -101,6 +101,8 @@ def _layer_around(attend: fx.Node) -> FoundLayer | None:
     if any(slot is None for slot in slots):
         return None
     hidden, inner = norm.args[1][0], up.meta["val"].shape[-1]  # type: ignore[index]
+    if attend.meta["val"].shape[-1] != hidden:
+        return None  # heads were pruned away: attention is narrower than the rows
     form = LayerForm(hidden, inner, heads, up.args[3], norm.args[4], scale)  # type: ignore[arg-type]
     return FoundLayer(rows, end, form, slots)  # type: ignore[arg-type]
 

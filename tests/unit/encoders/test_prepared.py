@@ -302,6 +302,22 @@ def test_layers_that_the_kernel_does_not_take_run_as_a_graph(change, kind):
     assert type(prepared._run) is (kind if "layer_norm_eps" in change else GraphRun)
 
 
+def test_layers_whose_heads_were_pruned_run_as_a_graph():
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **CONFIGS["bert"])).eval()
+    for layer in model.bert.encoder.layer:  # half of the heads: of 32 columns 16 are left
+        attention = layer.attention
+        attention.self.num_attention_heads, attention.self.all_head_size = 2, 16
+        for name in ("query", "key", "value"):
+            setattr(attention.self, name, torch.nn.Linear(32, 16))
+        attention.output.dense = torch.nn.Linear(16, 32)
+    forward = build_encoder_forward(model.eval(), stack_members({"a": model.state_dict()}))
+    inputs = inputs_of("bert", [3, 9])
+    with torch.inference_mode():
+        prepared = PreparedEncoder(forward, inputs)
+        assert type(prepared._run) is GraphRun
+        assert_equal(prepared(*inputs), forward.loop(*inputs), inputs[1], "sequence")
+
+
 def test_a_head_that_reads_first_tokens_spares_the_rest_of_the_last_layer(monkeypatch):
     if load_library() is None:
         pytest.skip("no kernel for this machine")
