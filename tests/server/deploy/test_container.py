@@ -92,7 +92,8 @@ def test_the_device_decides_on_torchs_wheels(device: str, tmp_path: Path) -> Non
     (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')  # a stand-in that installs nothing
     (tmp_path / "pip").chmod(0o755)
     (step,) = [run for run in RUNS if run.startswith("case")]
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device, "REQUIREMENTS": "requirements.txt"}
+    arguments = {"DEVICE": device, "REQUIREMENTS": "requirements.txt", "TORCH_INDEX": "https://wheels.example/cpu"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **arguments}
     done = subprocess.run(["sh", "-ec", step], env=environment, capture_output=True, text=True)
     if device == "tpu":
         assert done.returncode == 2
@@ -100,6 +101,10 @@ def test_the_device_decides_on_torchs_wheels(device: str, tmp_path: Path) -> Non
         return
     assert done.stdout.endswith("-c constraints.txt -r requirements.txt\n")
     assert ("/cpu" in done.stdout) == (device == "cpu")
+    usual = subprocess.run(
+        ["sh", "-ec", step], env={**environment, "TORCH_INDEX": ""}, capture_output=True, text=True
+    )
+    assert usual.stdout == "install -c constraints.txt -r requirements.txt\n"
 
 
 @dataclass
