@@ -55,8 +55,16 @@ class Forward(Protocol):
 
     def loop(self, *args: Any) -> Any:
         """Run the members one after another: the reference that `__call__` must equal; (M, B, ...)."""
-        outputs = [self.member(index, *args) for index in range(len(self.members.names))]
-        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+        return self.loop_part(0, len(self.members.names))(*args)
+
+    def loop_part(self, start: int, stop: int) -> Callable[..., Any]:
+        """The loop over the members from `start` to `stop`, exclusive."""
+
+        def run(*args: Any) -> Any:
+            outputs = [self.member(index, *args) for index in range(start, stop)]
+            return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+
+        return run
 
     def comparable(self, outputs: Any, args: tuple[Any, ...], batch_axis: int) -> Any:
         """The part of an output that must equal the members' own; here all of it.

@@ -66,6 +66,11 @@ class FoundLayers:
     result: fx.Node
     first_only: bool
 
+    @property
+    def form(self) -> LayerForm:
+        """Of each of them."""
+        return self.layers[0].form
+
 
 def find_layers(lowered: LoweredModel) -> FoundLayers | None:
     """The layers of a traced encoder; None if one isn't as the kernel has it, or another step looks into them."""

@@ -38,8 +38,7 @@ class NativeRun:
     ) -> None:
         groups = itertools.groupby(found.layers, key=lambda layer: layer.is_own(lowered))
         self._layers = [
-            PackedLayers(found.layers[0].form, [layer.tensors(lowered) for layer in layers], int8=int8)
-            for _, layers in groups
+            PackedLayers(found.form, [layer.tensors(lowered) for layer in layers], int8=int8) for _, layers in groups
         ]
         self._first_only = found.first_only
         begin = found.layers[0].rows

@@ -57,7 +57,7 @@ class PreparedEncoder:
         self._tolerance = INT8_TOLERANCE if int8 else TOLERANCE
         self._with_types = len(example) > 2 and example[2] is not None
         lowered, self._structure = trace_encoder(forward, self._with_types)
-        self._run = build_int8_run(lowered, forward) if int8 else build_run(lowered, forward)
+        self._run = build_run(lowered, forward, int8=int8)
         self.at_a_time = {FEW_TOKENS: 1, MANY_TOKENS: 1}
         for lengths in ([1], [2], [3, 1, 3]):  # the sizes that tracing might have taken for constants, and others
             self._check(lengths)
@@ -124,25 +124,18 @@ class Run(Protocol):
         """What `graph_arguments` gives, and members at a time -> the model's outputs, each (M, ...)."""
 
 
-def build_run(lowered: LoweredModel, forward: PackedForward) -> Run:
-    """All layers in one call of the kernel where it takes them, else a graph of operators; the log says why."""
-    members, found = len(forward.members.names), find_layers(lowered)
-    reasons = ["they aren't those of BERT"] if found is None else found.layers[0].form.reasons_against()
-    if found is None or reasons:
-        logger.info("layers of '%s' run as a graph: %s", type(forward.model).__name__, "; ".join(reasons))
-        return GraphRun(lowered, members, forward.packed_weights)
-    return NativeRun(lowered, members, forward.packed_weights, found)
-
-
-def build_int8_run(lowered: LoweredModel, forward: PackedForward) -> Run:
-    """All layers in one call of the kernel, in 8 bits.
+def build_run(lowered: LoweredModel, forward: PackedForward, *, int8: bool) -> Run:
+    """All layers in one call of the kernel where it takes them, else a graph of operators; the log says why.
 
     Raises:
-        UnsupportedModel: The kernel doesn't take them.
+        UnsupportedModel: The kernel doesn't take them, and a graph has no 8 bits.
     """
-    found = find_layers(lowered)
-    reasons = ["they aren't those of BERT"] if found is None else found.layers[0].form.reasons_against()
-    if found is None or reasons:
-        name = type(forward.model).__name__
-        raise UnsupportedModel(f"quantization int8: layers of '{name}': {'; '.join(reasons)}; leave it out")
-    return NativeRun(lowered, len(forward.members.names), forward.packed_weights, found, int8=True)
+    members, found = len(forward.members.names), find_layers(lowered)
+    reasons = ["they aren't those of BERT"] if found is None else found.form.reasons_against()
+    if found is not None and not reasons:
+        return NativeRun(lowered, members, forward.packed_weights, found, int8=int8)
+    told = f"layers of '{type(forward.model).__name__}'", "; ".join(reasons)
+    if int8:
+        raise UnsupportedModel(f"quantization int8: {told[0]}: {told[1]}; leave it out")
+    logger.info("%s run as a graph: %s", *told)
+    return GraphRun(lowered, members, forward.packed_weights)

@@ -44,12 +44,9 @@ class QuantisedEncoderForward(PackedEncoderForward):
 
     def __init__(self, model: Any, members: StackedMembers, example: tuple[Any, ...]) -> None:
         super().__init__(model, members)
-        prefix = next(name for name, module in model.named_modules() if module is find_encoder(model))
-        self._rounded_keys = [
-            f"{prefix}.{name}.weight"
-            for name, module in find_encoder(model).named_modules()
-            if isinstance(module, nn.Linear)
-        ]
+        own = set(find_encoder(model).modules())
+        linears = [name for name, module in model.named_modules() if module in own and isinstance(module, nn.Linear)]
+        self._rounded_keys = [f"{name}.weight" for name in linears]
         self._prepared = PreparedEncoder(self, example, int8=True)
         self.reason = f"{len(self._rounded_keys)} linear layers in 8 bits"
 
@@ -81,9 +78,7 @@ class QuantisedEncoderForward(PackedEncoderForward):
 
     def part(self, start: int, stop: int) -> Any:
         """The members from `start` to `stop`, exclusive, one after another: for when memory has run out."""
-        return lambda *args: torch.utils._pytree.tree_map(
-            lambda *leaves: torch.stack(leaves), *(self.member(index, *args) for index in range(start, stop))
-        )
+        return self.loop_part(start, stop)
 
 
 class _RoundedRows(TorchFunctionMode):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from vmap_ensemble.archive.precision import PRECISION_FILE, Precision
 from vmap_ensemble.core.forward import EnsembleForward
@@ -95,12 +94,7 @@ class QuantisedForward(EnsembleForward):
 
     def part(self, start: int, stop: int) -> Any:
         """The members from `start` to `stop`, exclusive, one after another: for when memory has run out."""
-
-        def run(*args: Any) -> Any:
-            outputs = [self.member(index, *args) for index in range(start, stop)]
-            return pytree.tree_map(lambda *leaves: torch.stack(leaves), *outputs)
-
-        return run
+        return self.loop_part(start, stop)
 
 
 def _build(lowered: LoweredModel, count: int, parts: PackedGraph) -> PreparedForward:

@@ -117,6 +117,17 @@ struct Team {
   int64_t end(int64_t count) const { return count * (index + 1) / size; }
 };
 
+// Whether a team shares the columns of each product: too few rows for a chunk of each thread's own.
+inline bool are_few(int64_t rows, int team) { return rows < CHUNK * team; }
+
+// This thread's chunks of many rows: run(first row, number of rows).
+template <class Run>
+void for_chunks(const Team& team, int64_t rows, Run run) {
+  const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+  for (int64_t chunk = team.begin(chunks); chunk < team.end(chunks); chunk++)
+    run(chunk * CHUNK, std::min(CHUNK, rows - chunk * CHUNK));
+}
+
 template <class Weights>
 struct Layer {
   Weights joined, out, up, down;
@@ -148,7 +159,7 @@ struct Shape {
 
   // Floats that a team needs.
   int64_t memory(int team) const {
-    const int64_t chunk = CHUNK * team, inner_rows = rows < chunk ? rows : chunk;
+    const int64_t inner_rows = are_few(rows, team) ? rows : CHUNK * team;
     return rows * 6 * hidden + texts * 2 * hidden + inner_rows * inner;
   }
 };
@@ -203,16 +214,14 @@ struct Batch : Shape {
   void project(const Team& team, const Weights& matrix, int64_t begin, int64_t end, const float* x, int64_t count, float* y,
                int64_t y_row) const {
     begin /= PANEL, end /= PANEL;
-    if (count < CHUNK * team.size) {
+    if (are_few(count, team.size)) {
       const int64_t own = begin + team.begin(end - begin);
       product(team, matrix, own, begin + team.end(end - begin), x, hidden, count, y + (own - begin) * PANEL, y_row);
       return;
     }
-    const int64_t chunks = (count + CHUNK - 1) / CHUNK;
-    for (int64_t chunk = team.begin(chunks); chunk < team.end(chunks); chunk++) {
-      const int64_t row = chunk * CHUNK;
-      product(team, matrix, begin, end, x + row * hidden, hidden, std::min(CHUNK, count - row), y + row * y_row, y_row);
-    }
+    for_chunks(team, count, [&](int64_t row, int64_t size) {
+      product(team, matrix, begin, end, x + row * hidden, hidden, size, y + row * y_row, y_row);
+    });
   }
 
   // Of each text all rows, or only its first, whose queries are then given.
@@ -231,13 +240,11 @@ struct Batch : Shape {
 
   // The steps that look at each row alone. Many rows: each thread takes chunks of them through all steps.
   void follow(const Team& team, const Layer<Weights>& layer, float* mixed, const float* x, float* y, int64_t count, float* wide) const {
-    if (count < CHUNK * team.size) return follow_rows(team, layer, mixed, x, y, count, wide);
-    const int64_t chunks = (count + CHUNK - 1) / CHUNK;
-    for (int64_t chunk = team.begin(chunks); chunk < team.end(chunks); chunk++) {
-      const int64_t at = chunk * CHUNK * hidden;
-      follow_rows({0, 1, team.meeting}, layer, mixed + at, x + at, y + at, std::min(CHUNK, count - chunk * CHUNK),
-                  wide + team.index * CHUNK * inner);
-    }
+    if (are_few(count, team.size)) return follow_rows(team, layer, mixed, x, y, count, wide);
+    for_chunks(team, count, [&](int64_t row, int64_t size) {
+      const int64_t at = row * hidden;
+      follow_rows({0, 1, team.meeting}, layer, mixed + at, x + at, y + at, size, wide + team.index * CHUNK * inner);
+    });
   }
 
   void follow_rows(const Team& team, const Layer<Weights>& layer, float* mixed, const float* x, float* y, int64_t count,
