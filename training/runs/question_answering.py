@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.runs.bert import BATCH_SIZE, DemoError, find_weights, fit, silence_transformers, unfreeze
+from training.runs.timed import run_training
 from vmap_ensemble.archive.settings import parse_settings
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.tasks.answers import Options
@@ -202,14 +202,8 @@ def train_members(weights: Path, train: Path, held_out: Path, seeds: range, outp
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask; returns the exit code."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    start = time.perf_counter()
-    seeds = range(options.seed, options.seed + options.num_models)
-    try:
+
+    def train(seeds: range) -> None:
         train_members(find_weights(), options.questions, options.held_out, seeds, options.output_dir)
-    except EnsembleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"trained {len(seeds)} members in {time.perf_counter() - start:.0f} s")
-    return 0
+
+    return run_training(options, train)
