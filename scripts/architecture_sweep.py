@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def serve(settings: dict[str, Any], states: Path, work: Path) -> Ensemble:
 
     Args:
         settings: A block of setup_config.json without its members.
-        states: Folder of the members.
+        states: Folder of the members, removed once they are archived: a gigabyte of VGG's.
         work: Scratch.
 
     Raises:
@@ -77,6 +78,7 @@ def serve(settings: dict[str, Any], states: Path, work: Path) -> Ensemble:
     request = make_request("tried", {"tried": block}, work, no_check=True)
     with (work / "log.txt").open("w") as log:
         archive = build_archive(request, work / "store", True, Console(file=log))
+    shutil.rmtree(states)
     return Ensemble.load(archive, execution="reference")
 
 
