@@ -15,6 +15,7 @@ data:
   a folder of images or .txt files in folders named by their label, or without; a .csv, .tsv, .jsonl or .parquet table
   with paths or texts and a column 'label'; a folder with MNIST's idx files
 """
+AMP = ("none", "bf16", "fp16")
 RUN = """\
 A run that is cut off goes on where it was when the same command is given again.
 
@@ -54,6 +55,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=float, default=1e-2, metavar="W", help="of AdamW (0.01)")
     add("--temperature", type=float, default=2.0, metavar="T", help="of the soft targets (2)")
     add("--label-weight", type=float, metavar="W", help="share of labels in the loss; 0.1, 0 for heads")
+    add("--amp", choices=AMP, help="mixed precision; bf16 on a GPU by default, none on a CPU")
     add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (0)")
 
 

@@ -25,6 +25,7 @@ from vmap_ensemble.tasks.classification import kind_for
 
 Into = Literal["one", "heads"]
 WARM_UP = 0.05
+AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP = 1.0
 
 
@@ -41,6 +42,8 @@ class Recipe:
         label_weight: Share of the loss that labels have, 0 to 1.
         augment: `none`, `plain` or `diverse`.
         patience: Epochs without a lower held-out loss behind which training stops.
+        amp: `none`, `bf16` or `fp16`, the type of the student's matrix products and convolutions while it is trained;
+            its weights, the loss and what it is judged by stay float32.
         seed: Of everything that is drawn.
     """
 
@@ -52,6 +55,7 @@ class Recipe:
     label_weight: float = 0.0
     augment: str = "diverse"
     patience: int = 5
+    amp: str = "none"
     seed: int = 0
 
     @classmethod
@@ -73,6 +77,7 @@ class Recipe:
             label_weight=label_weight if options.label_weight is None else options.label_weight,
             augment=options.augment or augment,
             patience=options.patience,
+            amp=options.amp or ("bf16" if teacher.device.type == "cuda" else "none"),
             seed=options.seed,
         )
 
@@ -120,6 +125,8 @@ class Training:
             recipe.learning_rate,
             weight_decay=recipe.weight_decay,
         )
+        # Small gradients would be 0 in float16; bfloat16 has float32's exponents.
+        self.scaler = torch.amp.GradScaler(teacher.device.type, enabled=recipe.amp == "fp16")
         self.epoch, self.best, self.since_best = 0, math.inf, 0
         self.history: list[tuple[float, float]] = []
         self.best_state: dict[str, Tensor] = copy.deepcopy(student.state_dict())
@@ -183,9 +190,11 @@ class Training:
             said = self.say(batch)
         loss = joint_loss(said, targets, labels, recipe.temperature, recipe.label_weight)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # not where a gradient is infinite
+        self.scaler.update()
         return loss.item()
 
     def _change(self, batch: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,8 +235,8 @@ class Training:
         return total / len(told)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        device = self.teacher.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        amp = self.recipe.amp
+        return torch.autocast(self.teacher.device.type, AMP_DTYPES[amp], enabled=amp != "none")
 
     @torch.no_grad()
     def _find_kind(self) -> OutputKind:
@@ -247,6 +256,7 @@ class Training:
             "student": self.student.state_dict(),
             "best_state": self.best_state,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         with written_whole(self.path) as scratch:
             torch.save(state, scratch)
@@ -255,6 +265,7 @@ class Training:
         state = torch.load(self.path, map_location=self.teacher.device, weights_only=True)
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.best_state = state["best_state"]
         self.epoch, self.best, self.since_best = state["epoch"], state["best"], state["since_best"]
         self.history = [tuple(pair) for pair in state["history"]]

@@ -20,6 +20,7 @@ from vmap_ensemble.core.aggregate import combine_classes
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.timing import time_call
+from vmap_ensemble.process.memory import measure_peak
 
 ROUNDS, WARM_UPS = 30, 3
 States = Mapping[str, Mapping[str, Tensor]]
@@ -97,9 +98,13 @@ def judge(teacher: Teacher, made: Made, test: Told, unlike: Told | None) -> dict
         made.title: _column(served, _say(served, test, unlike), labels, own.together),
     }
     alone = Teacher(_serve(teacher, _first_member(teacher, made), first))
-    times = measure_latencies((alone.run, teacher.run, served.run), first)
-    pairs = zip(columns.items(), times, strict=True)
-    return {name: dataclasses.replace(one, latency_ms=own_ms) for (name, one), own_ms in pairs}
+    runs = alone.run, teacher.run, served.run
+    times = measure_latencies(runs, first)
+    rows = zip(columns.items(), times, runs, strict=True)
+    return {
+        name: dataclasses.replace(one, latency_ms=own_ms, peak_mib=_peak_mib(run, first, teacher.device))
+        for (name, one), own_ms, run in rows
+    }
 
 
 def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
@@ -117,7 +122,7 @@ def _serve(teacher: Teacher, made: Made, like: Tensor) -> Ensemble:
 
 
 def _run(teacher: Teacher, made: Made, like: Tensor, execution: Mapping[str, str]) -> Ensemble:
-    run = {"dtype": teacher.settings.dtype, **execution}
+    run = {"dtype": made.settings.get("dtype", teacher.settings.dtype), **execution}
     on_host = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in made.states.items()}
     return Ensemble.of(
         made.model.cpu(),
@@ -187,6 +192,18 @@ def _information(of: Teacher, members: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def _peak_mib(run: Callable[[Tensor], Any], example: Tensor, device: torch.device) -> float | None:
+    """What a forward that ran before holds at the largest batch, beside what stays."""
+    batch = _repeated(example, BATCHES[-1])
+    peak = measure_peak(lambda: run(batch), device)
+    return None if peak is None else round(peak / 2**20, 2)
+
+
+def _repeated(example: Tensor, size: int) -> Tensor:
+    return example.expand(size, *example.shape[1:]).contiguous()
+
+
+@torch.inference_mode()
 def measure_latencies(runs: Sequence[Callable[[Tensor], Any]], example: Tensor) -> list[dict[str, float]]:
     """Median milliseconds of a forward at each batch size, in turn, so that a busy machine meets all alike.
 
@@ -196,7 +213,7 @@ def measure_latencies(runs: Sequence[Callable[[Tensor], Any]], example: Tensor) 
     """
     found: list[dict[str, float]] = [{} for _ in runs]
     for size in BATCHES:
-        batch = example.expand(size, *example.shape[1:]).contiguous()
+        batch = _repeated(example, size)
         seconds: list[list[float]] = [[] for _ in runs]
         for number in range(WARM_UPS + ROUNDS):
             for own, run in zip(seconds, runs, strict=True):

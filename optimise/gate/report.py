@@ -31,6 +31,7 @@ class Column:
         parameters: Numbers that are stored.
         size_mib: Of them.
         latency_ms: Batch size -> median time of a forward; of a member, where there are several.
+        peak_mib: What a forward of the largest batch holds beside the weights, at its peak; None where it isn't told.
     """
 
     accuracy: float
@@ -42,6 +43,7 @@ class Column:
     parameters: int | None = None
     size_mib: float | None = None
     latency_ms: dict[str, float] | None = None
+    peak_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ ROWS: dict[str, Callable[[Column], str]] = {
     "parameters": lambda one: "" if one.parameters is None else f"{one.parameters:,}",
     "size (MiB)": lambda one: "" if one.size_mib is None else f"{one.size_mib:.1f}",
     **{f"latency at batch {size} (ms)": _latency(size) for size in BATCHES},
+    f"memory beside the weights at batch {BATCHES[-1]} (MiB)": lambda one: (
+        "" if one.peak_mib is None else f"{one.peak_mib:.1f}"
+    ),
 }
 
 

@@ -47,13 +47,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _made(teacher: Teacher, source: Path) -> Made:
-    """The same members, served in 8 bits."""
+    """The same members, served in 8 bits; what isn't quantised of them is float32, whatever it was."""
     names = teacher.ensemble.names
     states = {name: teacher.build_member(index).state_dict() for index, name in enumerate(names)}
     settings = settings_of(read_block(source), teacher, None, len(names))
-    return Made(
-        "quantised", teacher.build_model(), states, {**settings, "quantization": "int8", "execution": "auto"}, source
-    )
+    settings |= {"quantization": "int8", "dtype": "fp32", "execution": "auto"}
+    return Made("quantised", teacher.build_model(), states, settings, source)
 
 
 def _pack(folder: Path, output: Path) -> int:
