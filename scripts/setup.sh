@@ -36,15 +36,23 @@ make_environment() {
         fail "$python could not make $VENV; see .run/setup.log"
 }
 
-install_group() {
-    local file=$1 stamp="$VENV/.stamp-$1" hash
-    [[ -f $ROOT/$file ]] || fail "no such group of requirements: expected $file in $ROOT"
-    hash=$(cat "$ROOT/constraints.txt" <(requirements_hash "$file") |
-        "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-    [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return 0
-    run_quietly "Installing $file into .venv" "$RUN/setup.log" \
-        "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$ROOT/constraints.txt" -r "$ROOT/$file"
-    printf '%s' "$hash" >"$stamp"
+# Files whose stamps don't fit, all in one call: what they have in common is looked at once.
+install_files() {
+    local file stamp hash names=() options=() hashes=()
+    for file in "$@"; do
+        [[ -f $ROOT/$file ]] || fail "no such group of requirements: expected $file in $ROOT"
+        stamp="$VENV/.stamp-$file"
+        hash=$(cat "$ROOT/constraints.txt" <(requirements_hash "$file") |
+            "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+        [[ -f $stamp && $(<"$stamp") == "$hash" ]] && continue
+        names+=("$file") options+=(-r "$ROOT/$file") hashes+=("$hash")
+    done
+    ((${#names[@]})) || return 0
+    run_quietly "Installing ${names[*]} into .venv" "$RUN/setup.log" \
+        "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$ROOT/constraints.txt" "${options[@]}"
+    for file in "${!names[@]}"; do
+        printf '%s' "${hashes[file]}" >"$VENV/.stamp-${names[file]}"
+    done
 }
 
 # The project itself, as it lies here: an edit of it needs no new install. What it depends on is pinned above.
@@ -76,20 +84,17 @@ provide_java() {
 }
 
 main() {
-    local group
+    local group files=(requirements.txt)
     mkdir -p "$RUN"
     for group in "$@"; do
         case $group in
             -h | --help) usage && return 0 ;;
-            dev | bert | bench | demo | docs | onnx | page | prune) ;;
+            dev | bert | bench | demo | docs | onnx | page | prune) files+=("requirements-$group.txt") ;;
             *) fail "unknown group $group: expected dev, bert, bench, demo, docs, onnx, page or prune" ;;
         esac
     done
     make_environment
-    install_group requirements.txt
-    for group in "$@"; do
-        install_group "requirements-$group.txt"
-    done
+    install_files "${files[@]}"
     install_project
     provide_java
 }
