@@ -45,6 +45,8 @@ SERVED = ("mnist", "resnet18")
 SERVED_RIVALS = ("separate", "ours", "loop", "workflow", "ours_reference", "ours_two_workers")
 # Share of the separately registered models' closed-loop rate at which the open loop arrives, where none is given.
 OPEN_SHARE = 0.7
+# Rows of offline
+OFFLINE = ("digits", "texts")
 # Lengths of the texts in each cell of ft_bert.
 FULL = 128  # the length that a server pads to when it doesn't look at the batch
 FT_CELLS: dict[str, list[int]] = {
