@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from vmap_ensemble.execution.chunking import batch_of
 from vmap_ensemble.execution.timing import CLEAR, HOPELESS, Budget, time_block
 
 # Readings of a schedule on each example, and how many it gets in any case.
@@ -118,7 +119,9 @@ def _measure(
 
     for schedule in forward.schedules():
         # Before the first reading nobody knows how long a call is: then one is made that isn't counted.
-        readings[schedule] = [[read(schedule, example, 0.0)] for example in examples]
+        own = readings[schedule] = [[read(schedule, examples[0], 0.0)]]
+        for example in examples[1:]:
+            own.append([read(schedule, example, own[0][0] * batch_of(tuple(example)) / batch_of(tuple(examples[0])))])
     first_s = {schedule: math.prod(row[0] for row in own) for schedule, own in readings.items()}
     # One that is hopeless in its first reading gets no second one.
     most_s = HOPELESS ** len(examples) * min([best_s, *first_s.values()])
