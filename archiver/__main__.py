@@ -61,11 +61,30 @@ def _run(options: argparse.Namespace) -> int:
     names = list(blocks) if options.all else options.name
     if not names:
         raise ArchiveError(f"{options.config.name}: holds no blocks")
+    if options.tune and not options.force:
+        names = _tune(names, options)
     folder = options.config.absolute().parent
     requests = [make_request(name, blocks, folder, **overrides_of(options)) for name in names]
     for request in requests:
         check_files(request)
     return _build(requests, options)
+
+
+def _tune(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Tune the archives that there are; the names of the others, which are to be built."""
+    there = [name for name in names if (options.output / f"{name}.mar").is_file()]
+    changes = [key for key, value in overrides_of(options).items() if value and key != "tune"]
+    if there and changes:
+        told = f"--{changes[0].replace('_', '-')}: --tune measures the archive that is there"
+        raise ArchiveError(f"{there[0]}.mar: {told}; --force builds another")
+    if there:
+        from rich.console import Console
+
+        from archiver.tune import tune_archive  # here: it imports torch
+
+        for name in there:
+            tune_archive(options.output / f"{name}.mar", Console(), options.debug)
+    return [name for name in names if name not in there]
 
 
 def _build(requests: Sequence[ArchiveRequest], options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from archiver.blocks.handler_facts import architecture_of, check_block, load_handler
 from archiver.blocks.request import ArchiveRequest, check_files
 from archiver.blocks.worker_config import config_name, describe_worker, read_worker_config
-from archiver.checking.check import load_stage
+from archiver.checking.check import TUNE_BUDGET_S, load_stage
 from archiver.checking.precision import check_precision, judge_precision
 from archiver.members.claims import (
     claimed_architecture,
@@ -121,7 +121,8 @@ def _build(
             runs.append(("serving", describe_worker(worker)))
             if request.check:
                 step("load once, as a worker will")
-                runs.append(("loaded once", _load_once(request.name, stage, worker, console if debug else None)))
+                log = console if debug else None
+                runs.append(("loaded once", _load_once(request.name, stage, worker, log, request.tune)))
 
         manifest = pack_archive(request, survey, target, step, complete)
     show_archive(console, target, manifest, runs)
@@ -246,14 +247,14 @@ def _survey_traced(request: ArchiveRequest, sources: list[Source], scratch: Path
     return traced
 
 
-def _load_once(name: str, stage: Path, worker: Mapping[str, Any], debug: Console | None) -> str:
+def _load_once(name: str, stage: Path, worker: Mapping[str, Any], debug: Console | None, tune: bool) -> str:
     """How it is run, or why that can't be known here."""
     import torch
 
     device = str((worker.get("handler") or {}).get("device") or "")
     if device.startswith("cuda") and not torch.cuda.is_available():
         return f"no: {device} isn't on this machine; ./archive.sh --check where it is"
-    return load_stage(f"{name}.mar", stage, debug)
+    return load_stage(f"{name}.mar", stage, debug, budget_s=TUNE_BUDGET_S if tune else None)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ examples:
   ./archive.sh --all --force
   ./archive.sh resnet_ens --compile --force
   ./archive.sh bert_ens --onnx --force
+  ./archive.sh resnet_ens --tune                         (once on each kind of machine that will serve it)
   ./archive.sh --check model_store/resnet_ens.mar data/images/sample.jpg
 
 exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 weights can't be fetched
@@ -64,6 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--force", action="store_true", help="replace an archive that exists")
     add("--allow-nan", action="store_true", help="archive NaN and infinite weights nevertheless")
     add("--no-check", action="store_true", help="don't load the archive once before it is done")
+    add("--tune", action="store_true", help="measure at length what runs fastest here, and keep it in the archive")
     add("--compile", action="store_true", help="pack the forward as native code as well, for this kind of processor")
     add("--onnx", action="store_true", help="pack the members as one ONNX graph as well, for other engines")
     add("--output", type=Path, default=HOME / "model_store", metavar="DIR", help="default: model_store")
@@ -77,6 +79,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     given = [f"--{name.replace('_', '-')}" for name in OF_ONE if getattr(options, name)]
     if len(options.name) != 1 and given:
         parser.error(f"{given[0]} goes with one NAME; those of several archives stand in their blocks")
+    if options.tune and not (options.name or options.all):
+        parser.error("--tune goes with NAME or --all")
+    if options.tune and options.no_check:
+        parser.error("--tune loads the archive; leave --no-check away")
     if options.check and len(options.check) > 2:
         parser.error("--check takes an archive and at most one input")
     try:
@@ -110,4 +116,4 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says instead of a block: keywords of `make_request`."""
-    return {name: getattr(options, name) for name in (*OF_ONE, "allow_nan", "compile", "onnx", "no_check")}
+    return {name: getattr(options, name) for name in (*OF_ONE, "allow_nan", "compile", "onnx", "no_check", "tune")}

@@ -93,6 +93,16 @@ def show_archive(console: Console, path: Path, manifest: Manifest, runs: Sequenc
     console.print(table)
 
 
+def show_tuned(console: Console, path: Path, told: str, kinds: int) -> None:
+    """After tuning: what is fastest here, and for how many kinds of machine the archive knows."""
+    table = Table(title="tuned", title_justify="left", show_header=False)
+    table.add_row("path", str(path))
+    table.add_row("here", escape(told))
+    table.add_row("choices kept", str(kinds))
+    table.add_row("SHA-256", hash_file(path))
+    console.print(table)
+
+
 def show_bytes(count: int) -> str:
     """1536 -> 1.5 KiB."""
     size = float(count)

@@ -51,6 +51,8 @@ class ArchiveRequest:
     checkpoint_weights: str | None = None
     # Whether the archive is loaded once before it is done.
     check: bool = True
+    # Whether it is then measured at length how it runs fastest here.
+    tune: bool = False
 
 
 def make_request(
@@ -74,6 +76,7 @@ def make_request(
     compile: bool = False,
     onnx: bool = False,
     no_check: bool = False,
+    tune: bool = False,
 ) -> ArchiveRequest:
     """Join one block with the command line, which wins.
 
@@ -81,7 +84,7 @@ def make_request(
         name: Name of the archive.
         blocks: What `read_blocks` returned; the block may be absent when handler and members are given.
         folder: Where paths inside the block start: the folder of setup_config.json.
-        members, handler, ..., no_check: From the command line; paths start at the working directory.
+        members, handler, ..., tune: From the command line; paths start at the working directory.
 
     Raises:
         ArchiveError: The name is not allowed, or something that an archive needs is missing.
@@ -130,6 +133,7 @@ def make_request(
         compile=compile,
         onnx=onnx,
         check=not no_check,
+        tune=tune,
     )
 
 

@@ -19,12 +19,17 @@ from rich.console import Console
 
 from archiver.blocks.worker_config import describe_worker, read_worker_config
 from vmap_ensemble.archive.identity import DESCRIPTION
+from vmap_ensemble.archive.modes import CHOICES_FOLDER
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
+from vmap_ensemble.execution.choice_cache import MOST_MEASUREMENTS
+from vmap_ensemble.process.threads import cores_at_hand, threads_per_worker
 
 CHILD = Path(__file__).with_name("check_child.py")
 CHECK_TIMEOUT_S = 900
 DETAIL_WIDTH = 400
+# Of `--tune`: long enough to measure every member of a large ensemble; below what `auto` wants to be left before it
+# compiles or exports (COMPILE_NEEDS_S, EXPORT_NEEDS_S), which each start would have to do again.
+TUNE_BUDGET_S = 55.0
 
 
 def check_archive(path: Path, request: Path | None, console: Console, debug: bool = False) -> None:
@@ -44,7 +49,7 @@ def check_archive(path: Path, request: Path | None, console: Console, debug: boo
     with tempfile.TemporaryDirectory(prefix="check-") as name:
         folder = Path(name) / "archive"
         start = time.perf_counter()
-        count = _unpack(path, folder)
+        count = unpack(path, folder)
         _print_phase(console, "unpack", time.perf_counter() - start, f"{count} files")
         _print_phase(console, "serving", 0.0, _describe_worker(folder))
 
@@ -54,7 +59,12 @@ def check_archive(path: Path, request: Path | None, console: Console, debug: boo
         _run_child(path.name, folder, request, tell, console if debug else None)
 
 
-def _unpack(path: Path, folder: Path) -> int:
+def unpack(path: Path, folder: Path) -> int:
+    """Extract an archive; the number of its files.
+
+    Raises:
+        ArchiveError: There is none, or it isn't whole.
+    """
     if not path.is_file():
         raise ArchiveError(f"{path}: no such file")
     try:
@@ -71,21 +81,29 @@ def _unpack(path: Path, folder: Path) -> int:
 
 def _describe_worker(folder: Path) -> str:
     """How requests are batched: of an archive without a file of its own by TorchServe's defaults."""
+    config = _worker_config(folder)
+    return "" if config is None else describe_worker(config)
+
+
+def _worker_config(folder: Path) -> dict[str, Any] | None:
+    """What the model-config yaml says; None where the archive is broken, as the next phase says."""
     try:
         manifest = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         name = manifest["model"].get("configFile")
-    except (ValueError, KeyError, AttributeError):
-        return ""  # the next phase says what is wrong with it
-    return describe_worker(read_worker_config(folder / name, name) if name else {})
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return read_worker_config(folder / name, name) if name else {}
 
 
-def load_stage(name: str, stage: Path, debug: Console | None = None) -> str:
+def load_stage(name: str, stage: Path, debug: Console | None = None, *, budget_s: float | None = None) -> str:
     """Load what becomes an archive once, as a worker will, and keep in it how its forward is run fastest here.
 
     Args:
         name: What errors call it.
-        stage: Its root.
+        stage: Its root. Choices of other kinds of machine stay in it.
         debug: Where the log of a failure is printed.
+        budget_s: Instead of the settings' `execution_budget_s`. What a busy machine measured is then measured once
+            more, so that no worker needs to.
 
     Returns:
         One line: how it is run, and why.
@@ -95,12 +113,14 @@ def load_stage(name: str, stage: Path, debug: Console | None = None) -> str:
     """
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="load-") as cache:
-        _run_child(name, stage, None, found.append, debug, {"XDG_CACHE_HOME": cache})
-        choices = sorted((Path(cache) / "vmap-ensemble" / "execution").glob("execution-*.json"))
-        if choices:
-            (stage / CHOICES_FOLDER).mkdir()
-        for choice in choices:
-            shutil.copyfile(choice, stage / CHOICES_FOLDER / choice.name)
+        choices = Path(cache) / "vmap-ensemble" / "execution"
+        for _ in range(1 if budget_s is None else MOST_MEASUREMENTS):
+            found.clear()
+            _run_child(name, stage, None, found.append, debug, {"XDG_CACHE_HOME": cache}, budget_s)
+            if all(json.loads(path.read_text())["settled"] for path in choices.glob("*.json")):
+                break
+        if any(choices.glob("*.json")):
+            shutil.copytree(choices, stage / CHOICES_FOLDER, dirs_exist_ok=True)
     return next((str(row["detail"]) for row in found if row["phase"] == "execution"), "")
 
 
@@ -111,11 +131,13 @@ def _run_child(
     tell: Callable[[dict[str, Any]], None],
     debug: Console | None,
     variables: Mapping[str, str] | None = None,
+    budget_s: float | None = None,
 ) -> None:
     reader, writer = os.pipe()
+    threads = threads_per_worker(_worker_config(folder), cores_at_hand())
     command = [
         *(sys.executable, str(CHILD), str(folder.absolute())),  # it works in there
-        *(str(request.absolute()) if request else "", str(writer)),
+        *(str(request.absolute()) if request else "", str(threads), str(budget_s or ""), str(writer)),
     ]
     # A caller's PYTHONPATH comes before the archive in a worker too; here it would hide what is missing.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

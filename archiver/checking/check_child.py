@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(folder: Path, request_file: str, pipe: Any) -> int:
+def main(folder: Path, request_file: str, threads: int, budget_s: float | None, pipe: Any) -> int:
     """Run the phases in order; 0 when all passed."""
     # A worker's path: the unpacked archive comes first, this script's folder isn't there.
     sys.path[0] = str(folder)
@@ -34,7 +34,7 @@ def main(folder: Path, request_file: str, pipe: Any) -> int:
         phase, start = "members", time.perf_counter()
         tell(phase, start, check_members(folder))
         phase = "load"
-        ensemble = load(kind, folder, manifest)
+        ensemble = load(kind, folder, manifest, threads, budget_s)
         for key, seconds in ensemble.timed.seconds.items():
             tell_row(pipe, phase=key, seconds=seconds, detail=show_detail(ensemble, key))
         phase, start = "request", time.perf_counter()
@@ -71,20 +71,25 @@ def check_members(folder: Path) -> str:
     return ", ".join(member.name for member in manifest.members)
 
 
-def load(kind: Any, folder: Path, manifest: dict[str, Any]) -> Any:
-    """The ensemble as a worker loads it, with what its model-config yaml says."""
+def load(kind: Any, folder: Path, manifest: dict[str, Any], threads: int, budget_s: float | None) -> Any:
+    """The ensemble as a worker loads it, with what its model-config yaml says, and a budget of the caller's own."""
     import torch
 
     ensemble = importlib.import_module("vmap_ensemble.ensemble")
     starting = importlib.import_module("vmap_ensemble.starting")
     settings = importlib.import_module("vmap_ensemble.archive.settings")
     phases = importlib.import_module("vmap_ensemble.process.phases")
+    device = importlib.import_module("vmap_ensemble.process.device")
     config = read_config(folder, manifest)
     timed = phases.Phases()
     with timed(phases.SETTINGS):
         known = settings.load_settings(folder, kind.settings_class, config.get("handler"))
         gpu = 0 if torch.cuda.is_available() else None
-        place = starting.make_place(known, folder, known.threads or torch.get_num_threads(), gpu)
+        if budget_s is not None:
+            known = settings.override_settings(known, {"execution_budget_s": budget_s})
+        threads = known.threads or threads
+        device.configure_torch(threads, known.float32_matmul_precision)
+        place = starting.make_place(known, folder, threads, gpu)
     with timed(phases.BUILD):
         task = kind(known, place)
     return ensemble.Ensemble.start(task, timed, [int(config.get("batchSize") or 1)])
@@ -123,6 +128,6 @@ def ask(ensemble: Any, request_file: str) -> str:
 
 
 if __name__ == "__main__":
-    _, folder_, request_, descriptor_ = sys.argv
+    _, folder_, request_, threads_, budget_, descriptor_ = sys.argv
     with os.fdopen(int(descriptor_), "w") as pipe_:
-        sys.exit(main(Path(folder_), request_, pipe_))
+        sys.exit(main(Path(folder_), request_, int(threads_), float(budget_) if budget_ else None, pipe_))

@@ -25,11 +25,11 @@ from archiver.texts.traced import TracedMembers, copy_traced
 from vmap_ensemble.archive.identity import DESCRIPTION
 from vmap_ensemble.archive.labels import LABELS_FILE
 from vmap_ensemble.archive.manifest import MANIFEST_FILE, MEMBERS_FOLDER, Manifest, hash_file, list_code
+from vmap_ensemble.archive.modes import CHOICES_FOLDER
 from vmap_ensemble.archive.precision import PRECISION_FILE
 from vmap_ensemble.archive.settings import SETTINGS_FILE
 from vmap_ensemble.core.members import Member
 from vmap_ensemble.errors import ArchiveError
-from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FOLDER
 from vmap_ensemble.execution.onnx.packages import ONNX_FOLDER
 from vmap_ensemble.models.transformers import PRETRAINED_FOLDER
@@ -82,7 +82,7 @@ def pack_archive(
     Raises:
         ArchiveError: Something can't be written, or a file is in the way. The old archive is untouched.
     """
-    with _private_folder(target) as work:
+    with private_folder(target) as work:
         stage = work / "stage"
         try:
             manifest = _stage(request, survey, stage, step)
@@ -102,7 +102,7 @@ def pack_archive(
 
 
 @contextmanager
-def _private_folder(target: Path) -> Iterator[Path]:
+def private_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside the target: os.replace is atomic only within one file system.
 
     TorchServe skips hidden entries of the model store (ModelServer.java, initModelStore).

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from vmap_ensemble.archive.manifest import Manifest, check_code, read_manifest
+from vmap_ensemble.archive.modes import CHOICES_FOLDER
 from vmap_ensemble.archive.settings import Settings
 from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.core.proof import Proof, find_row_dependence, prove_equal
 from vmap_ensemble.errors import SettingsError
 from vmap_ensemble.execution.build import build_execution
-from vmap_ensemble.execution.choice_cache import CHOICES_FOLDER
 from vmap_ensemble.execution.compiled.packages import COMPILED_FILE, CompiledForward
 from vmap_ensemble.execution.devices import build_on_devices
 from vmap_ensemble.execution.modes import Execution

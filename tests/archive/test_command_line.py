@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,13 +18,18 @@ from torchvision.models import resnet18, squeezenet1_1
 
 from archiver.__main__ import main
 from archiver.blocks.worker_config import DEFAULT, describe_worker
+from archiver.checking import check
 from archiver.checking.check import load_stage
 from archiver.command_line import parse_arguments
 from archiver.members import guess
+from archiver.packing.pack import write_mar
 from archiver.source import Source
 from tests.archive.conftest import MODEL, Project
+from vmap_ensemble.archive.identity import identify
 from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import ArchiveError
+from vmap_ensemble.execution.choice_cache import MOST_MEASUREMENTS
+from vmap_ensemble.process.device import cpu_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,6 +172,8 @@ def test_one_line_for_what_is_wrong(
         (["tiny", "--set", "top_k"], "--set: expected KEY=VALUE, got top_k"),
         (["a", "b", "--labels", "l.json"], "--labels goes with one NAME"),
         (["--all", "--version", "2"], "--version goes with one NAME"),
+        (["--check", "a.mar", "--tune"], "--tune goes with NAME or --all"),
+        (["tiny", "--tune", "--no-check"], "--tune loads the archive; leave --no-check away"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -297,6 +305,81 @@ def test_the_choice_of_the_build_spares_the_first_start(project: Project, tmp_pa
     (folder / choice).write_text("{}")
     monkeypatch.setattr("vmap_ensemble.starting.CACHE", tmp_path / "nothing else")
     assert "earlier start" not in Ensemble.load(folder, batch_sizes=(16,)).execution.reason
+
+
+def choices_in(project: Project) -> dict[str, dict]:
+    """Choice -> what was measured, of the archive."""
+    with zipfile.ZipFile(project.mar) as archive:
+        names = [name for name in archive.namelist() if name.startswith("choices/")]
+        assert len(set(names)) == len(names)
+        return {name: json.loads(archive.read(name)) for name in names}
+
+
+def test_tuning_adds_the_choice_of_this_kind_of_machine_and_drops_no_other(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.block(execution="auto")
+    assert project.run("tiny", "--tune", check=True) == 0  # it isn't there, so it is built and tuned
+    (own,) = choices_in(project)
+    before, identity = read(project, "members.json"), identify(project.unpack())
+
+    # As another kind of machine would have left it, and of this one an outdated choice.
+    folder = tmp_path / "unpacked"
+    other = {**read(project, own), "name": "eager"}
+    other["key"]["device"]["cpu"]["name"] = "another"
+    (folder / "choices/execution-0123456789abcdef.json").write_text(json.dumps(other))
+    (folder / own).write_text("{}")
+    write_mar(project.mar, folder)
+    (tmp_path / "m0.pt").unlink()  # no member is needed: it is measured as it is
+    assert project.run("tiny", "--tune", check=True) == 0
+    found = choices_in(project)
+    assert set(found) == {own, "choices/execution-0123456789abcdef.json"}
+    assert found["choices/execution-0123456789abcdef.json"] == other
+    assert found[own]["key"]["device"]["cpu"] == cpu_kind()
+    assert found[own]["settled"] or found[own]["measurements"] == MOST_MEASUREMENTS
+    assert project.leftovers() == ["tiny.mar"]
+    assert "tuned" in capsys.readouterr().out
+    assert read(project, "members.json") == before
+    shutil.rmtree(folder)
+    assert identify(project.unpack()) == identity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "top_k=1"), "archive: tiny.mar: --set: --tune measures the archive that is there; --force builds"),
+        ((), "archive: tiny.mar: --tune: nothing to choose: eager: asked for"),
+    ],
+)
+def test_what_can_not_be_tuned_stays_as_it_is(
+    project: Project, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    project.block(execution="eager")
+    assert project.run("tiny") == 0
+    before = project.mar.read_bytes()
+    assert project.run("tiny", "--tune", *arguments, check=True) == 1
+    assert capsys.readouterr().err.startswith(message)
+    assert project.mar.read_bytes() == before
+    assert project.leftovers() == ["tiny.mar"]
+
+
+def test_a_choice_that_a_busy_machine_made_is_measured_once_more_when_tuning(tmp_path: Path, monkeypatch) -> None:
+    settled = iter([False, True, True])
+    budgets = []
+
+    def run_child(name, stage, request, tell, debug, variables, budget_s):
+        budgets.append(budget_s)
+        folder = Path(variables["XDG_CACHE_HOME"]) / "vmap-ensemble/execution"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "execution-a.json").write_text(json.dumps({"settled": next(settled), "run": len(budgets)}))
+        tell({"phase": "execution", "detail": "eager: why"})
+
+    monkeypatch.setattr(check, "_run_child", run_child)
+    assert check.load_stage("a.mar", tmp_path, budget_s=9.0) == "eager: why"
+    assert budgets == [9.0, 9.0]
+    assert json.loads((tmp_path / "choices/execution-a.json").read_text())["run"] == 2
+    check.load_stage("a.mar", tmp_path)
+    assert budgets[2:] == [None]
 
 
 def test_a_device_that_is_not_here_is_said(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vmap_ensemble.archive.manifest import CODE_SUFFIXES, MEMBERS_FOLDER, hash_file
+from vmap_ensemble.archive.modes import CHOICES_FOLDER
 
 DESCRIPTION = "MAR-INF/MANIFEST.json"
-# Members and code stand in members.json, native code in compiled.json, graphs in onnx.json, each with its hash.
-_ELSEWHERE = (MEMBERS_FOLDER, "MAR-INF", "__pycache__")
+# Members and code stand in members.json, native code in compiled.json, graphs in onnx.json, each with its hash. How
+# the forward is run fastest on some machine changes no answer.
+_ELSEWHERE = (MEMBERS_FOLDER, CHOICES_FOLDER, "MAR-INF", "__pycache__")
 _LISTED_SUFFIXES = (*CODE_SUFFIXES, ".pt2", ".onnx", ".onnx.data")
 
 
@@ -34,7 +36,7 @@ def identify(folder: Path) -> Identity:
     """Read the version and hash the files of an unpacked archive.
 
     Of members and code it takes the listed hashes. How a server batches, and with how many workers, is left out: the
-    model-config yaml.
+    model-config yaml, and what was measured of it (choices/).
     """
     told = read_description(folder)
     digest = hashlib.sha256()

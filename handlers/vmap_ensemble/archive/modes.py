@@ -13,6 +13,8 @@ import difflib
 AUTO = "auto"
 # Seconds that `auto` may measure at load, wherever nobody says otherwise.
 AUTO_BUDGET_S = 10.0
+# Folder of an archive with what `auto` chose, a file for each kind of machine that it was measured on.
+CHOICES_FOLDER = "choices"
 # Mode -> the module whose import registers it: the one line that a new mode of the package needs.
 MODULES: dict[str, str] = {
     "eager": "vmap_ensemble.execution.modes",

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from vmap_ensemble.archive.modes import AUTO, MODULES
 from vmap_ensemble.core.forward import Forward
@@ -17,6 +20,7 @@ from vmap_ensemble.core.proof import compare_outputs, split_members
 from vmap_ensemble.errors import EnsembleError, LoadError, first_line
 from vmap_ensemble.execution import modes
 from vmap_ensemble.execution.choice_cache import Candidate, Choice, ChoiceCache
+from vmap_ensemble.execution.chunking import batch_of
 from vmap_ensemble.execution.modes import Execution, ExecutionOptions, prove
 from vmap_ensemble.execution.readings import LOOP, Readings
 from vmap_ensemble.execution.register import Built, Mode, find_mode
@@ -25,6 +29,11 @@ from vmap_ensemble.execution.timing import HOPELESS, LONG_S, Args, Budget, Run, 
 logger = logging.getLogger(__name__)
 
 MIN_ROUNDS, MAX_ROUNDS = 2, 9
+# Measuring takes about so many times what the loop takes on all examples. Where the budget isn't that long, some of
+# the members are measured for all,
+PASSES = 8
+# if what all of them share, and is computed once, is at most so much of one.
+MOSTLY_OWN = 0.1
 
 
 @contextmanager
@@ -42,8 +51,10 @@ class Auto:
     """Builds, checks and measures the candidates, within the budget."""
 
     def __init__(self, forward: Forward, examples: list[Args], options: ExecutionOptions) -> None:
-        self.forward, self.examples, self.options = forward, examples, options
+        self.forward, self.examples = forward, examples
         self.budget = Budget(options.budget_s)
+        self.options = dataclasses.replace(options, budget=self.budget)
+        self.measured: Forward = forward  # what is measured: it, or a part of it
         self.built: dict[str, Built] = {}
         self.candidates: dict[str, Candidate] = {}
         self.readings = Readings()
@@ -63,6 +74,7 @@ class Auto:
         execution = self._reuse(cached) if cached else None
         if execution:
             return execution
+        self.measured = self._choose_part()
         self._measure_loop()
         for mode in self.modes:
             if mode.name not in self.candidates:
@@ -109,24 +121,58 @@ class Auto:
             self._refuse(choice.name, error)
             return None
 
+    def _choose_part(self) -> Forward:
+        """All members, or as few as keep all cores busy where measuring all would take longer than the budget."""
+        forward, options, few = self.forward, self.options, max(2, torch.get_num_threads())
+        plain, count = forward.one_vmap, len(forward.members.names)
+        # What an archive brings is made for all members.
+        brings = options.packed is not None or options.graph_folder is not None
+        if plain is None or brings or few >= count or forward.members.device.type != "cpu" or not _is_own(forward):
+            return forward
+        part = plain.part(0, few)
+        with _named(LOOP):
+            seconds = time_call(modes.build_mode(LOOP, part, self.examples, options).run, self.examples[0])[1]
+        rows = sum(map(batch_of, self.examples)) / batch_of(self.examples[0])
+        return forward if PASSES * seconds * rows * count / few <= options.budget_s else part
+
+    @property
+    def _is_part(self) -> bool:
+        return self.measured is not self.forward
+
+    def _growth(self, name: str) -> float:
+        """How much longer a call takes for all members than for those that are measured."""
+        if not self._is_part:
+            return 1.0
+        found = self.built[name].growth
+        return len(self.forward.members.names) / len(self.measured.members.names) if found is None else found
+
     def _measure_loop(self) -> None:
         """Run the loop once on each example: its outputs and times are what the candidates are held against."""
         self.candidates[LOOP] = Candidate(LOOP, difference=0.0)
-        self.built[LOOP] = modes.build_mode(LOOP, self.forward, self.examples, self.options)
+        self.built[LOOP] = self._build(LOOP)
         run = self.built[LOOP].run
         for args in self.examples:
             with _named(LOOP):
                 outputs, seconds = time_call(run, args)
                 self.loop_s.append(seconds if seconds >= LONG_S else min(seconds, time_block(run, args, seconds)))
-            self.own.append(split_members(self.forward, outputs, args))
+            self.own.append(split_members(self.measured, outputs, args))
+        self._note_first(LOOP, self.loop_s)
+
+    def _build(self, name: str) -> Built:
+        count = len(self.forward.members.names) if self._is_part else None
+        options = dataclasses.replace(self.options, count=count)
+        return modes.build_mode(name, self.measured, self.examples, options)
+
+    def _note_first(self, name: str, seconds: list[float]) -> None:
+        self.readings.first_s[name] = [self._growth(name) * reading for reading in seconds]
 
     def _measure_candidate(self, mode: Mode) -> None:
         candidate = self.candidates[mode.name] = Candidate(mode.name)
         try:
             self._check_time(mode)
-            built = modes.build_mode(mode.name, self.forward, self.examples, self.options)
-            if self._check(candidate, built.run):
-                self.built[mode.name] = built
+            self.built[mode.name] = self._build(mode.name)
+            if not self._check(candidate, self.built[mode.name].run):
+                self.built.pop(mode.name)
         except EnsembleError as error:
             self._refuse(mode.name, error)
 
@@ -148,35 +194,42 @@ class Auto:
         logger.info("execution '%s' is not a candidate: %s", name, candidate.refused)
 
     def _check(self, candidate: Candidate, run: Run) -> bool:
-        """Compare the candidate on each example; False as soon as it is hopelessly slow on one.
+        """Compare the candidate on each example; False as soon as it is hopelessly far behind the best so far on one.
 
         Raises:
             LoadError: It fails, gives other values than the members' own, or finds no memory for them.
         """
         differences, found_s = [], []
-        for args, own, loop_s in zip(self.examples, self.own, self.loop_s, strict=True):
+        best_s = min(self.readings.first_s.values(), key=math.prod)
+        growth = self._growth(candidate.name)
+        for args, own, loop_s, most_s in zip(self.examples, self.own, self.loop_s, best_s, strict=True):
             with _named(candidate.name):
                 outputs, seconds = time_call(run, args)
-                proof = compare_outputs(self.forward, outputs, own, args, self.options.tolerance)
+                proof = compare_outputs(self.measured, outputs, own, args, self.options.tolerance)
                 differences.append(proof.largest_difference)
                 candidate.difference = max(differences)
-                # The first call of a shape may prepare things, so a slow one gets a second chance.
-                found_s.append(seconds if seconds < loop_s else min(seconds, time_block(run, args, loop_s)))
-            if found_s[-1] > HOPELESS * loop_s:
-                candidate.latency_ms = [1e3 * reading for reading in found_s]
+                # The first call of a shape may prepare things, so a short or slow one gets a second chance.
+                if seconds < LONG_S or seconds >= loop_s:
+                    seconds = min(seconds, time_block(run, args, loop_s))
+                found_s.append(seconds)
+            if growth * found_s[-1] > HOPELESS * most_s:
+                candidate.latency_ms = [1e3 * growth * reading for reading in found_s]
                 return False
+        self._note_first(candidate.name, found_s)
         return True
 
     def _measure_in_turn(self) -> None:
         """Rounds over all candidates in turn, so that a busy spell of the machine hits all of them."""
         names = list(self.built)
         if names == [LOOP] and not self._measured():  # nothing was compared with it
-            self.candidates[LOOP].latency_ms = [1e3 * seconds for seconds in self.loop_s]
+            self.candidates[LOOP].latency_ms = [1e3 * seconds for seconds in self.readings.first_s[LOOP]]
             return
         for round_ in self.budget.rounds(MAX_ROUNDS, MIN_ROUNDS):
             for name in [*names[round_ % len(names) :], *names[: round_ % len(names)]]:
                 if name in self.built:
                     self._read(name)
+            if self.readings.is_clear():
+                break
         for name in self.readings.seconds:
             self.candidates[name].latency_ms = [1e3 * reading for reading in self.readings.median_s(name)]
 
@@ -184,7 +237,7 @@ class Auto:
         """A round's readings of a candidate; one that fails by now is refused, but for the loop."""
         try:
             with _named(name):
-                self.readings.read(name, self.built[name].run, self.examples, self.loop_s)
+                self.readings.read(name, self.built[name].run, self.examples, self.loop_s, self._growth(name))
         except LoadError as error:
             if name == LOOP:
                 raise
@@ -196,9 +249,15 @@ class Auto:
 
     def _serve_fastest(self) -> Execution:
         """The fastest that keeps its proof on the sample, whose size may be another than the examples'."""
+        schedules = {name: built.schedule for name, built in self.built.items()}
+        if self._is_part:
+            self.built.clear()  # it gives its memory back before all members are prepared
         while True:
             best = self.readings.fastest() if self.readings.seconds else LOOP
             try:
+                if self._is_part:
+                    options = dataclasses.replace(self.options, schedule=schedules[best])
+                    self.built[best] = modes.build_mode(best, self.forward, self.examples, options)
                 return self._finish(best, self._reason(best), list(self.candidates.values()))
             except LoadError as error:
                 if best == LOOP:
@@ -211,7 +270,8 @@ class Auto:
         if best != LOOP:
             pairs = zip(self.candidates[LOOP].latency_ms, self.candidates[best].latency_ms, strict=True)
             ratios = ", ".join(f"{loop / own:.2f}x" for loop, own in pairs)
-            return f"fastest of {len(measured) + 1}: {ratios} the speed of the loop{late}"
+            some = f", on {len(self.measured.members.names)} of the members" if self._is_part else ""
+            return f"fastest of {len(measured) + 1}: {ratios} the speed of the loop{some}{late}"
         if measured:
             return f"no candidate was faster than the loop on every example{late}"
         refused = [f"{name}: {row.refused}" for name, row in self.candidates.items() if row.refused]
@@ -227,3 +287,9 @@ class Auto:
         self.built.clear()  # what wasn't chosen gives its memory back
         logger.info("execution '%s' serves '%s': %s", AUTO, name, reason)
         return execution
+
+
+def _is_own(forward: Forward) -> bool:
+    """Whether time grows with the number of members: what they share is little of what each computes with."""
+    own = sum(tensor[0].nbytes for tensor in forward.members.stacked.values())
+    return sum(tensor.nbytes for tensor in forward.members.shared.values()) <= MOSTLY_OWN * own

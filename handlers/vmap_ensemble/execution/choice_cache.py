@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from vmap_ensemble.process.device import cpu_name
+from vmap_ensemble.process.device import cpu_kind
+from vmap_ensemble.process.threads import cores_at_hand
 
 logger = logging.getLogger(__name__)
 
 # A choice measured while the machine was busy is measured once more; a machine that always is must not pay
 # for it at every start.
 MOST_MEASUREMENTS = 2
-# Folder of an archive with what was chosen when it was built; it holds on machines of the same kind alone.
-CHOICES_FOLDER = "choices"
 # Of measuring: choices of an older method are measured anew.
-METHOD = 4
+METHOD = 5
 
 
 @dataclass
@@ -55,7 +54,9 @@ class Choice:
 
 
 class ChoiceCache:
-    """The choice of an earlier start for the same members, sizes, device, versions and threads.
+    """The choice of an earlier start for the same members, sizes, kind of machine, versions and threads.
+
+    Each has a file of its own, named by a hash of all that: choices of several kinds of machine lie side by side.
 
     Args:
         folder: Where the file lies.
@@ -81,7 +82,7 @@ class ChoiceCache:
             "method": METHOD,
             "archive": archive,
             "examples": [[list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)] for args in examples],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability(),
+            "device": _kind_of(device),
             "torch": torch.__version__,
             "modes": sorted(modes),
             "kernels": list(kernels),
@@ -135,6 +136,9 @@ class ChoiceCache:
             logger.warning("the choice can't be stored in %s: %s", self.path.name, error)
 
 
-def _cpu_capability() -> str:
-    """The kind of processor: its instructions, and its name."""
-    return f"cpu {torch.backends.cpu.get_cpu_capability()} {cpu_name()}"
+def _kind_of(device: torch.device) -> dict[str, Any]:
+    """What tells a machine on which the same is fastest: the GPU, or the processor and the cores at hand."""
+    if device.type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device)}
+    # PyTorch may be told to use fewer instructions than there are.
+    return {"cpu": cpu_kind(), "used": torch.backends.cpu.get_cpu_capability(), "cores": cores_at_hand()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from vmap_ensemble.execution.timing import Args, Run, time_block
+from vmap_ensemble.execution.timing import CLEAR, Args, Run, time_block
 
 LOOP = "reference"
 # A candidate replaces the loop only if it is faster by more than what two runs of one thing differ by,
@@ -26,20 +26,34 @@ class Readings:
 
     Attributes:
         seconds: Candidate -> per example the readings, one per round.
+        first_s: Candidate -> per example what it took when it was checked, before the first round. It decides
+            nothing, since the rivals were checked at other times, but speaks against a round that differs.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[list[float]]] = {}
+        self.first_s: dict[str, list[float]] = {}
 
-    def read(self, name: str, run: Run, examples: Sequence[Args], about_s: Sequence[float]) -> None:
-        """Add a round's readings of one candidate; `about_s` is what each example takes, about."""
+    def read(
+        self, name: str, run: Run, examples: Sequence[Args], about_s: Sequence[float], growth: float = 1.0
+    ) -> None:
+        """Add a round's readings of one candidate.
+
+        Args:
+            name: The candidate.
+            run: It.
+            examples: What it is called with.
+            about_s: What each example takes, about.
+            growth: What a reading is multiplied by: where it is of some members, and counts for all.
+        """
         rows = self.seconds.setdefault(name, [[] for _ in examples])
         for args, seconds, row in zip(examples, about_s, rows, strict=True):
-            row.append(time_block(run, args, seconds))
+            row.append(growth * time_block(run, args, seconds))
 
     def drop(self, name: str) -> None:
         """Forget a candidate that can't serve after all."""
         self.seconds.pop(name, None)
+        self.first_s.pop(name, None)
 
     def median_s(self, name: str) -> list[float]:
         """A candidate's median reading on each example."""
@@ -62,6 +76,23 @@ class Readings:
                 scores[name] = score
         return min(scores, key=lambda name: scores[name])
 
+    def is_clear(self) -> bool:
+        """Whether further rounds would change nothing: the fastest is far ahead in each one, and was when checked."""
+        best = self.fastest()
+        return all(self._lead(best, other) >= CLEAR for other in self.seconds if other != best)
+
+    def _lead(self, name: str, other: str) -> float:
+        """How far a candidate is ahead of another: the least of all rounds, the geometric mean over the examples."""
+        ours, theirs = (zip(*self._all(key), strict=True) for key in (name, other))
+        return min(
+            statistics.geometric_mean(b / a for a, b in zip(own, rows, strict=True))
+            for own, rows in zip(ours, theirs, strict=True)
+        )
+
+    def _all(self, name: str) -> list[list[float]]:
+        """Per example the reading of the check, then those of the rounds."""
+        return [[first, *row] for first, row in zip(self.first_s[name], self.seconds[name], strict=True)]
+
     def _is_never_slower(self, name: str) -> bool:
         loop = self.seconds[LOOP]
         ratios = [
@@ -80,5 +111,5 @@ class Readings:
 
     def is_settled(self, names: set[str]) -> bool:
         """Whether each one's readings agree with each other; on a busy machine they don't."""
-        rows = [row for name in names for row in self.seconds[name]]
+        rows = [row for name in names for row in self._all(name)]
         return all(statistics.median(row) <= SPREAD * min(row) for row in rows)

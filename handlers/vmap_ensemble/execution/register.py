@@ -18,7 +18,7 @@ from typing import Any
 from vmap_ensemble.archive.modes import AUTO_BUDGET_S, MODULES, reason_against_name
 from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.errors import LoadError, SettingsError, first_line
-from vmap_ensemble.execution.timing import Args, Run
+from vmap_ensemble.execution.timing import Args, Budget, Run
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class ExecutionOptions:
 
     Attributes:
         budget_s: Time that measuring may take; building a candidate that was begun is finished.
+        budget: What `auto` has begun to spend of it, of which a mode that measures while it is built takes a share.
+        count: Members that will be served, where a mode is built for some of them, to be measured; else None.
         tolerance: Largest relative difference to the members' own forwards; by default that of the dtype.
         cache_dir: Folder for the choice; None keeps none.
         packed_choices: Folder of choices that the archive brings.
@@ -41,6 +43,8 @@ class ExecutionOptions:
     """
 
     budget_s: float = AUTO_BUDGET_S
+    budget: Budget | None = None
+    count: int | None = None
     tolerance: float | None = None
     cache_dir: Path | None = None
     packed_choices: Path | None = None
@@ -61,11 +65,14 @@ class Built:
         run: Arguments (B, ...) -> outputs (M, B, ...).
         channels_last: Whether images are wanted in this memory format; others are copied into it.
         schedule: What was measured while it was built, for JSON, so that another start needn't.
+        growth: How much longer a call takes for `ExecutionOptions.count` members than for those that it was built
+            for; None: in proportion.
     """
 
     run: Run
     channels_last: bool = False
     schedule: Mapping[str, Any] | None = None
+    growth: float | None = None
 
 
 Factory = Callable[[Forward, Sequence[Args], ExecutionOptions], Built]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,9 @@ from vmap_ensemble.process.memory import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 CPUINFO = Path("/proc/cpuinfo")
+# What x86 and ARM call the make of a processor there, and how the names of instructions that compute begin.
+_MODEL_KEYS = ("cpu family", "model", "CPU implementer", "CPU part")
+_COMPUTING = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "sme", "bf16", "i8mm", "fphp")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,9 +61,25 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_name() -> str:
     """What the processor is called: its model where Linux tells one, else its kind."""
+    return _first_processor().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_kind() -> dict[str, Any]:
+    """What tells processors of which one computes as another does: a virtual one's name alone may hide its make."""
+    told = _first_processor()
+    flags = (told.get("flags") or told.get("Features") or "").split()
+    return {
+        "name": cpu_name(),
+        "model": [told[key] for key in _MODEL_KEYS if key in told],
+        "instructions": sorted(flag for flag in flags if flag.startswith(_COMPUTING)),
+    }
+
+
+def _first_processor() -> dict[str, str]:
+    """What Linux tells of the first processor; empty elsewhere."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return {}
+    rows = (line.partition(":") for line in itertools.takewhile(str.strip, lines))
+    return {key.strip(): value.strip() for key, _, value in rows}

@@ -132,6 +132,84 @@ def test_a_hopeless_candidate_is_left_after_its_first_example(monkeypatch):
     assert (eager.latency_ms, eager.refused) == ([pytest.approx(16.0)], None)
 
 
+def test_what_is_far_behind_the_best_so_far_is_left_though_the_loop_is_slower(monkeypatch):
+    fix_times(monkeypatch, {"reference": 0.09, "prepared": 0.01, "eager": {1: 0.016, 3: 0.001}})
+    run = build_execution("auto", build_forward(), EXAMPLES, SHORT)
+    eager = {candidate.name: candidate for candidate in run.candidates}["eager"]
+    assert (run.name, eager.latency_ms) == ("prepared", [pytest.approx(16.0)])
+
+
+@pytest.mark.parametrize(("prepared_s", "rounds"), [(0.01, 1), (0.019, 3)])
+def test_rounds_end_once_one_is_clearly_ahead(monkeypatch, prepared_s, rounds):
+    fix_times(monkeypatch, {"reference": 0.02, "prepared": prepared_s, "eager": 0.04})
+    monkeypatch.setattr(auto, "MAX_ROUNDS", 3)
+    read = []
+    real = readings.Readings.read
+    monkeypatch.setattr(readings.Readings, "read", lambda self, *args: read.append(args[0]) or real(self, *args))
+    assert build_execution("auto", build_forward(), EXAMPLES, SHORT).name == "prepared"
+    assert sorted(read) == sorted(["reference", "prepared"] * rounds)
+
+
+def test_a_large_network_is_measured_on_some_of_its_members_and_served_with_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    fix_times(monkeypatch, {"reference": 0.02, "prepared": 0.01, "eager": 0.04})
+    built = []
+    faked = modes.build_mode
+
+    def build(name, forward, examples, options):
+        schedule = options.schedule and dict(options.schedule)
+        built.append((name, len(forward.members.names), options.count, schedule))
+        return faked(name, forward, examples, options)
+
+    monkeypatch.setattr(modes, "build_mode", build)
+    forward = build_forward(5)
+    # By the clock above the loop would take 8 times 4 examples times 0.02 s for 2 members, and so 1.6 s for 5.
+    options = ExecutionOptions(budget_s=1.5, cache_dir=tmp_path)
+    run = build_execution("auto", forward, EXAMPLES, options)
+    assert run.name == "prepared"
+    apart = {"joint": False, "at_a_time": 1}
+    assert built[:3] == [("reference", 2, None, None), ("reference", 2, 5, None), ("prepared", 2, 5, None)]
+    name, members, count, schedule = built[-1]
+    assert (name, members, count) == ("prepared", 5, None)
+    rows = {candidate.name: candidate.latency_ms for candidate in run.candidates}
+    assert rows["reference"] == [pytest.approx(1e3 * 0.02 * 5 / 2)] * 2
+    assert rows["prepared"] == [pytest.approx(1e3 * 0.01 * (5 / 2 if schedule == apart else 3))] * 2
+    ratio = rows["reference"][0] / rows["prepared"][0]
+    assert run.reason == f"fastest of 3: {ratio:.2f}x, {ratio:.2f}x the speed of the loop, on 2 of the members"
+    torch.testing.assert_close(run(*EXAMPLES[1]), forward.loop(*EXAMPLES[1]), rtol=1e-5, atol=1e-6)
+    assert dict(run.schedule) == schedule
+    kept = build_execution("auto", forward, EXAMPLES, options)
+    assert kept.reason == f"{run.reason} (measured at an earlier start)"
+
+
+@pytest.mark.parametrize("why", ["there is time", "native code for all", "most is shared", "as many as cores"])
+def test_all_members_are_measured_where_some_say_little_or_there_is_time(monkeypatch, why):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5 if why == "as many as cores" else 1)
+    fix_times(monkeypatch, {"reference": 0.02})
+    forward = build_forward(5)
+    if why == "most is shared":
+        shared = {key: forward.members.stacked.pop(key)[0] for key in list(forward.members.stacked) if "conv" in key}
+        members = dataclasses.replace(forward.members, shared=shared)
+        forward = EnsembleForward(Net().eval(), members)
+    packed = (lambda: forward) if why == "native code for all" else None
+    options = ExecutionOptions(budget_s=30.0 if why == "there is time" else 1.0, packed=packed)
+    run = build_execution("auto", forward, EXAMPLES, options)
+    rows = {candidate.name: candidate.latency_ms for candidate in run.candidates}
+    assert rows["reference"] == [pytest.approx(20.0)] * 2
+    assert "of the members" not in run.reason
+
+
+def test_the_next_fastest_serves_all_members_where_the_fastest_on_some_fails_its_proof(monkeypatch, add_mode):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    add_mode("late", lambda forward, *_: Built(Late(forward, sizes=(2,))))
+    fix_times(monkeypatch, {"late": 0.001, "reference": 0.02, "eager": 0.0013})
+    options = ExecutionOptions(budget_s=1.0, sample=(torch.randn(2, 1, 8, 8),))
+    forward = build_forward(5, flat)
+    run = build_execution("auto", forward, EXAMPLES, options)
+    assert run.name == "eager"
+    torch.testing.assert_close(run(*EXAMPLES[1]), forward.loop(*EXAMPLES[1]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_candidate_that_runs_out_of_memory_is_refused(monkeypatch):
     def out_of_memory(self, x):
         raise torch.OutOfMemoryError("tried to allocate 9 TiB")
@@ -202,12 +280,12 @@ def test_the_schedule_of_a_cached_choice_is_not_measured_again(monkeypatch, tmp_
     slow_down(monkeypatch, {"reference", "eager"})
     chosen = Schedule(joint=True, at_a_time=2)
     real_prepared = cpu_mode.build_prepared
-    monkeypatch.setattr(cpu_mode, "build_prepared", lambda *args, schedule: real_prepared(*args, schedule=chosen))
+    monkeypatch.setattr(cpu_mode, "build_prepared", lambda *args, **_: real_prepared(*args, schedule=chosen))
     options = ExecutionOptions(budget_s=5.0, cache_dir=tmp_path)
     build_execution("auto", build_forward(), EXAMPLES, options)
     asked = []
 
-    def build(model, members, examples, schedule):
+    def build(model, members, examples, schedule, **_):
         asked.append(schedule)
         return real_prepared(model, members, examples, schedule=Schedule(joint=False, at_a_time=1))
 
@@ -331,7 +409,7 @@ def test_a_candidate_that_fails_late_is_refused_and_the_archive_loads(monkeypatc
 
 def test_the_next_fastest_serves_where_the_fastest_fails_its_proof(monkeypatch, add_mode):
     add_mode("late", lambda forward, *_: Built(Late(forward, sizes=(2,))))
-    fix_times(monkeypatch, {"late": 0.0001, "reference": 0.001, "eager": 0.0005})
+    fix_times(monkeypatch, {"late": 0.0004, "reference": 0.001, "eager": 0.0005})
     options = dataclasses.replace(SHORT, sample=(torch.randn(2, 1, 8, 8),))
     run = build_execution("auto", build_forward(2, flat), EXAMPLES, options)
     assert (run.name, list(refusals(run))) == ("eager", ["late", "prepared", "compiled"])

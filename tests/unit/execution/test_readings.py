@@ -11,9 +11,10 @@ from vmap_ensemble.execution.readings import LOOP, Readings
 from vmap_ensemble.execution.timing import time_block, time_call
 
 
-def script(seconds):
+def script(seconds, first_s=None):
     readings = Readings()
     readings.seconds = seconds
+    readings.first_s = first_s or {name: [row[0] for row in rows] for name, rows in seconds.items()}
     return readings
 
 
@@ -93,9 +94,37 @@ def test_one_disturbed_round_does_not_cost_the_choice():
     assert script({LOOP: [[1.0] * 9], "a": [[0.6] * 8 + [3.0]]}).fastest() == "a"
 
 
-@pytest.mark.parametrize(("rows", "settled"), [([[1.0, 1.1, 1.2]], True), ([[1.0, 1.0], [1.0, 2.0]], False)])
+@pytest.mark.parametrize(("rows", "settled"), [([[1.0, 1.1, 1.2]], True), ([[1.0, 1.0], [1.0, 2.0, 2.0]], False)])
 def test_readings_that_disagree_are_not_settled(rows, settled):
     assert script({"a": rows, "b": [[1.0, 9.0]]}).is_settled({"a"}) is settled
+
+
+def test_a_check_that_differs_from_the_rounds_is_not_settled():
+    assert not script({"a": [[1.0]]}, {"a": [2.0]}).is_settled({"a"})
+
+
+@pytest.mark.parametrize(
+    ("loop", "rival", "first", "clear"),
+    [
+        pytest.param([[1.3], [1.3]], [[9.0], [9.0]], 1.3, True, id="far ahead in every round"),
+        pytest.param([[1.2], [1.2]], [[9.0], [9.0]], 1.3, False, id="a little ahead"),
+        pytest.param([[2.0], [1.0]], [[9.0], [9.0]], 1.3, True, id="far ahead on average"),
+        pytest.param([[2.0, 1.2], [2.0, 1.2]], [[9.0] * 2] * 2, 1.3, False, id="not in the second round"),
+        pytest.param([[2.0], [2.0]], [[9.0], [9.0]], 1.2, False, id="not when it was checked"),
+        pytest.param([[2.0], [2.0]], [[1.2], [1.2]], 1.3, False, id="not of every rival"),
+    ],
+)
+def test_rounds_are_clear_where_the_fastest_is_far_ahead_in_each(loop, rival, first, clear):
+    rounds = len(loop[0])
+    seconds = {LOOP: loop, "best": [[1.0] * rounds, [1.0] * rounds], "rival": rival}
+    first_s = {LOOP: [first, first], "best": [1.0, 1.0], "rival": [9.0, 9.0]}
+    assert script(seconds, first_s).is_clear() is clear
+
+
+def test_readings_of_some_members_count_for_all(calls):
+    readings = Readings()
+    readings.read("a", lambda x: x, [(1.0,)], [9.0], 2.5)
+    assert readings.median_s("a") == [2.5]
 
 
 def test_a_call_gives_outputs_and_seconds():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmap_ensemble.frontends.torchserve.worker import threads_per_worker
-from vmap_ensemble.process.threads import cores_at_hand
+from vmap_ensemble.process.threads import cores_at_hand, threads_per_worker
 
 
 @pytest.mark.parametrize(

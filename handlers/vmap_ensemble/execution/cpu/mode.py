@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vmap_ensemble.core.forward import Forward
 from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.cpu.kernel_library import library_name
-from vmap_ensemble.execution.cpu.networks import build_prepared
+from vmap_ensemble.execution.cpu.networks import build_prepared, growth
 from vmap_ensemble.execution.cpu.schedule import Schedule
 from vmap_ensemble.execution.register import Built, ExecutionOptions, mode
 from vmap_ensemble.execution.timing import Args
@@ -38,5 +38,7 @@ def build(forward: Forward, examples: Sequence[Args], options: ExecutionOptions)
     if plain is None:
         raise LoadError(f"execution 'prepared': {'; '.join(reasons_against(forward, examples, options))}")
     schedule = None if options.schedule is None else Schedule(**options.schedule)
-    run = build_prepared(plain.model, plain.members, examples, schedule=schedule)
-    return Built(run, run.channels_last, dataclasses.asdict(run.schedule))
+    budget, count = options.budget, options.count
+    run = build_prepared(plain.model, plain.members, examples, schedule=schedule, budget=budget, count=count)
+    longer = growth(run.schedule, len(plain.members.names), count)
+    return Built(run, run.channels_last, dataclasses.asdict(run.schedule), longer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,7 @@ from vmap_ensemble.execution.graph.lowered_model import LoweredModel, Unsupporte
 from vmap_ensemble.execution.graph.lowering import lower_model
 from vmap_ensemble.execution.graph.patterns import count_convolutions
 from vmap_ensemble.execution.graph.values import find_cut, record_values
+from vmap_ensemble.execution.timing import Budget
 
 if TYPE_CHECKING:
     from vmap_ensemble.core.members import StackedMembers
@@ -96,6 +98,8 @@ def build_prepared(
     examples: Sequence[tuple[Tensor, ...]],
     packed: bool | None = None,
     schedule: Schedule | None = None,
+    budget: Budget | None = None,
+    count: int | None = None,
 ) -> Prepared:
     """As `prepare`, but not compared with the members' own forwards: the caller does.
 
@@ -105,6 +109,8 @@ def build_prepared(
         examples: Argument tuples of the sizes that will be served; the weights are packed for the first.
         packed: As for `prepare`.
         schedule: As for `prepare`.
+        budget: Of the start, of which measuring schedules takes a share.
+        count: Members that will be served, where these are some of them.
 
     Raises:
         UnsupportedModel: The model has no convolution, can't be traced, isn't of a fast dtype, or can't be run in
@@ -117,13 +123,19 @@ def build_prepared(
     with torch.no_grad():
         whole = EnsembleForward(model, members)  # checks that the members fill the model, and drops its own tensors
         if schedule is None:
-            forward = choose_schedule(_candidates(whole, examples[0], packed), examples)
+            turns = partial(growth, members=len(members.names), count=count)
+            forward = choose_schedule(_candidates(whole, examples[0], packed), examples, budget, turns)
         else:
             forward = _build(whole, examples[0], packed, schedule.at_a_time if schedule.joint else 0)
             forward.schedule = schedule
             forward.keep_schedule()
         forward.reason += f"; {forward.schedule}"
         return forward
+
+
+def growth(schedule: Schedule, members: int, count: int | None) -> float:
+    """How much longer a call takes for `count` members than for so many, in this schedule."""
+    return schedule.turns(count or members) / schedule.turns(members)
 
 
 def _candidates(whole: EnsembleForward, example: tuple[Tensor, ...], packed: bool | None) -> Iterable[Prepared]:

@@ -20,13 +20,13 @@ from vmap_ensemble.ensemble import Ensemble
 from vmap_ensemble.errors import EnsembleError
 from vmap_ensemble.execution.modes import Execution
 from vmap_ensemble.frontends.torchserve.metrics import Metrics
-from vmap_ensemble.frontends.torchserve.worker import keep_parts_of_one_name, quieten_worker, threads_per_worker
+from vmap_ensemble.frontends.torchserve.worker import keep_parts_of_one_name, quieten_worker
 from vmap_ensemble.process import phases
 from vmap_ensemble.process.age import seconds_since_process_start
 from vmap_ensemble.process.device import configure_torch
 from vmap_ensemble.process.memory import freed_memory_returned
 from vmap_ensemble.process.phases import Phases
-from vmap_ensemble.process.threads import cores_at_hand
+from vmap_ensemble.process.threads import cores_at_hand, threads_per_worker
 from vmap_ensemble.serving.batch import Incoming, Reply, answer_batch
 from vmap_ensemble.starting import make_place
 from vmap_ensemble.tasks.task import Place, Task

@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from vmap_ensemble.serving.requests import SeveralParts
-
-
-def threads_per_worker(model_config: Mapping[str, Any] | None, cores: int) -> int:
-    """Share the cores among the workers of a model, so that they don't oversubscribe them.
-
-    Args:
-        model_config: The model-config yaml as TorchServe hands it over; its maxWorkers or minWorkers count.
-        cores: Cores at hand.
-    """
-    config = model_config or {}
-    workers = config.get("maxWorkers") or config.get("minWorkers") or 1
-    return max(1, cores // max(1, int(workers)))
 
 
 def quieten_worker() -> None:
