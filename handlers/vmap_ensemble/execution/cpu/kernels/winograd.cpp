@@ -8,6 +8,7 @@
 // three steps while it lies in the cache, and is as large as to read the weights seldom.
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -16,6 +17,7 @@ namespace {
 // Sums that are held in registers: ROWS tiles by COLUMNS vectors of filters.
 constexpr int ROWS = LANES == 16 ? 7 : 6, COLUMNS = LANES == 16 ? 4 : 2;
 constexpr int64_t PANEL = COLUMNS * LANES;
+constexpr int FLOATS_PER_LINE = 16;
 
 // One-dimensional transforms; `s` and `t` are the steps between elements. Interpolation at 0, +-a, +-b and infinity.
 template <int TILE>
@@ -85,33 +87,28 @@ struct Layer {
 
 thread_local Scratch<float> tiles_scratch, sums_scratch;
 
-// (R tiles, depth) x (depth, C vectors of filters). `next` are the weights that will be wanted after these, if they
-// aren't on their way yet: they come from beyond the cache, and in blocks too short for the CPU to foresee.
-template <int R, int C, bool FETCH>
-void multiply(const float* tiles, const float* weights, const float* next, float* sums, int64_t row, int64_t depth) {
-  Vec sum[R][C] = {};
-  for (int64_t k = 0; k < depth; k++) {
-    Vec w[C];
-    for (int c = 0; c < C; c++) {
-      w[c] = load(weights + (k * C + c) * LANES);
-      if (FETCH) __builtin_prefetch(next + (k * C + c) * LANES, 0, 2);
-    }
+// Adds `depth` inputs of R tiles times C vectors of filters. Weights that will be wanted next are asked for on the way,
+// `step` floats an input in LINES lines: they come from beyond the cache, in blocks too short for the CPU to foresee.
+template <int LINES, int R, int C>
+inline void add_products(const float* const (&x)[R], int64_t depth, const float* w, const float* next, int64_t step,
+                         Vec (&sum)[R][C]) {
+  for (int64_t k = 0; k < depth; k++, w += C * LANES, next += step) {
+    Vec weights[C];
+    for (int c = 0; c < C; c++) weights[c] = load(w + c * LANES);
+    for (int line = 0; line < LINES; line++) __builtin_prefetch(next + line * FLOATS_PER_LINE, 0, 2);
     for (int r = 0; r < R; r++)
-      for (int c = 0; c < C; c++) sum[r][c] += tiles[r * depth + k] * w[c];
+      for (int c = 0; c < C; c++) sum[r][c] += x[r][k] * weights[c];
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(sums + r * row + c * LANES, sum[r][c]);
 }
 
-template <int R, int C>
-void multiply_rows(int rows, int columns, const float* tiles, const float* weights, const float* next, float* sums,
-                   int64_t row, int64_t depth) {
+// Calls job(R, C) with as many rows and vectors as compile-time constants.
+template <int R = ROWS, int C = COLUMNS, typename Job>
+inline void with_sizes(int rows, int columns, const Job& job) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_rows<R - 1, C>(rows, columns, tiles, weights, next, sums, row, depth);
+    if (rows < R) return with_sizes<R - 1, C>(rows, columns, job);
   if constexpr (C > 1)
-    if (columns < C) return multiply_rows<R, C - 1>(rows, columns, tiles, weights, next, sums, row, depth);
-  if (next) return multiply<R, C, true>(tiles, weights, next, sums, row, depth);
-  multiply<R, C, false>(tiles, weights, next, sums, row, depth);
+    if (columns < C) return with_sizes<R, C - 1>(rows, columns, job);
+  job(std::integral_constant<int, R>{}, std::integral_constant<int, C>{});
 }
 
 template <int TILE>
@@ -178,6 +175,21 @@ struct Winograd {
     }
   }
 
+  // (R tiles, depth) x (depth, C vectors of filters). `next` are weights that will be wanted after these.
+  template <int R, int C>
+  void multiply(const float* tiles, const float* weights, const float* next, int64_t step, float* sums, int64_t row) const {
+    const float* x[R];
+    for (int r = 0; r < R; r++) x[r] = tiles + r * layer.channels;
+    Vec sum[R][C] = {};
+    constexpr int LINES = (C * LANES + FLOATS_PER_LINE - 1) / FLOATS_PER_LINE;
+    if (step > FLOATS_PER_LINE)  // few tiles, each of which has many lines to ask for
+      add_products<LINES>(x, layer.channels, weights, next, step, sum);
+    else
+      add_products<1>(x, layer.channels, weights, next, step, sum);
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) store(sums + r * row + c * LANES, sum[r][c]);
+  }
+
   // Products of `count` tiles with the filters from `first` to `last`, for each of the POINTS.
   void multiply_tiles(int64_t group, const float* tiles, int64_t tile_plane, int64_t count, int64_t first, int64_t last,
                       float* sums, int64_t sum_plane) const {
@@ -188,9 +200,12 @@ struct Winograd {
         const int columns = std::min(PANEL, last - f) / LANES;
         const float* next = weights + (f + PANEL < last ? f + PANEL : first + layer.filters) * depth;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
-          const int64_t from = chunk * count / chunks, to = (chunk + 1) * count / chunks;
-          multiply_rows<ROWS, COLUMNS>(to - from, columns, tiles + p * tile_plane + from * depth, weights + f * depth,
-                                       chunk ? nullptr : next, sums + p * sum_plane + from * row + f - first, row, depth);
+          const int64_t from = chunk * count / chunks;
+          with_sizes((chunk + 1) * count / chunks - from, columns, [&](auto rows, auto vectors) {
+            multiply<rows, vectors>(tiles + p * tile_plane + from * depth, weights + f * depth,
+                                    next + chunk * columns * LANES * depth / chunks, (columns * LANES + chunks - 1) / chunks,
+                                    sums + p * sum_plane + from * row + f - first, row);
+          });
         }
       }
     }
