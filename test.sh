@@ -42,7 +42,7 @@ run_tests() {
         --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope --no-loadscope-reorder
 }
 
-next_stamp() { cat "$ROOT/requirements-next.txt" "$ROOT/pyproject.toml" | sha256sum; }
+next_stamp() { cat "$ROOT/tests/requirements-next.txt" "$ROOT/pyproject.toml" | sha256sum; }
 
 # Prints a Python of this version that can make an environment: $PYTHON, one on PATH, or pyenv's; else nothing.
 find_next() {
@@ -62,18 +62,21 @@ make_next() {
     [[ $(cat "$venv/.stamp" 2>/dev/null) != "$(next_stamp)" ]] || return 0
     mkdir -p "$RUN"
     run_quietly "Making .venv-$1" "$RUN/next.log" "$python" -m venv --clear "$venv"
-    run_quietly "Installing requirements-next.txt into .venv-$1" "$RUN/next.log" \
-        "$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-check -r requirements-next.txt
+    run_quietly "Installing tests/requirements-next.txt into .venv-$1" "$RUN/next.log" \
+        "$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-check -r "$ROOT/tests/requirements-next.txt"
     next_stamp >"$venv/.stamp"
 }
 
+# run_tests_on VERSION [pytest arguments]: what no server and no package beyond tests/requirements-next.txt is needed for.
 run_tests_on() {
-    local cores
+    local cores version=$1
     cores=$(nproc)
+    shift
+    (($#)) || set -- tests/unit/{client,core,serving,frontends} tests/unit/execution/int8
     # As in use_environment: nothing of another Python.
-    env -u PYTHONHOME -u PYTHONPATH OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PATH="$ROOT/.venv-$1/bin:$PATH" \
-        "$ROOT/.venv-$1/bin/python" -m pytest tests/unit --numprocesses $((cores < 4 ? cores : 4)) \
-        --dist loadscope --no-loadscope-reorder "${@:2}"
+    env -u PYTHONHOME -u PYTHONPATH OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PATH="$ROOT/.venv-$version/bin:$PATH" \
+        "$ROOT/.venv-$version/bin/python" -m pytest --numprocesses $((cores < 4 ? cores : 4)) \
+        --dist loadscope --no-loadscope-reorder "$@"
 }
 
 case ${1:-} in
