@@ -81,12 +81,13 @@ class Engines:
 
 def behind_haproxy() -> dict[str, str]:
     """Ray's own switches: requests go from HAProxy to a replica's own server, in place of a proxy in Python."""
+    statistics_port, metrics_port = free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # Its figures are Ray's own metrics; their port, and that of its page, is the same for every Ray otherwise.
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_ports(1)[0]),
+        # Every Ray has the same ports otherwise.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         # Nobody asks while it is stopped.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
