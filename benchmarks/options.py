@@ -43,6 +43,8 @@ RIVALS = (
 # serve/archives.py and serve/rivals.py
 SERVED = ("mnist", "resnet18")
 SERVED_RIVALS = ("separate", "ours", "loop", "workflow", "ours_reference", "ours_two_workers")
+# Methods of runs/engines.py.
+ENGINES = ("torchserve", "ray", "ray_haproxy", "ray_loop", "ray_loop_haproxy")
 # Share of the separately registered models' closed-loop rate at which the open loop arrives, where none is given.
 OPEN_SHARE = 0.7
 # Rows of offline

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -20,9 +21,9 @@ pytest.importorskip("ray")
 pytest.importorskip("transformers")
 
 from archiver.command import main
+from scripts.private_ray import RayServe
 from tests.server import bad_images
 from tests.server.curl_lines import ask_as_written
-from tests.server.ray_process import RayServe
 from tests.server.recorded import MOST_BYTES, REQUESTS, ask_all, check_answers
 from tests.server.test_bad_inputs import assert_close
 from vmap_ensemble.client import Client
@@ -254,6 +255,12 @@ class Load:
             thread.join()
 
 
+def replicas_of(server: RayServe, deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment's replicas."""
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    return [one for one in found if f"ServeReplica:ensembles:{deployment}" in "".join(one.cmdline())]
+
+
 def test_nobody_is_lost_while_replicas_come_settings_change_and_replicas_go(
     client: httpx.Client, server: RayServe, recorded_archives: dict[str, Path]
 ) -> None:
@@ -265,3 +272,40 @@ def test_nobody_is_lost_while_replicas_come_settings_change_and_replicas_go(
         assert {len(client.post("/predictions/mnist", content=png).json()["top_k"]) for _ in range(8)} == {1}
     assert len(load.statuses) > 50
     assert set(load.statuses) == {200}
+
+
+def test_a_replica_that_is_killed_takes_no_more_with_it_than_it_had(
+    client: httpx.Client, server: RayServe, recorded_archives: dict[str, Path]
+) -> None:
+    server.deploy(application(recorded_archives, replicas=2))
+    answers: list[Any] = []
+    ended = threading.Event()
+
+    def ask_with_retries() -> None:
+        with Client(server.url, "mnist", trust_env=False) as asking:
+            while not ended.is_set():
+                answers.append(asking.predict(png).label)
+
+    png = bad_images.png(random.Random(4))
+    with ThreadPoolExecutor(4) as pool, Load(client, clients=4) as load:
+        clients = [pool.submit(ask_with_retries) for _ in range(4)]
+        try:
+            assert wait_for(lambda: len(answers) > 20 and len(load.statuses) > 20)
+            victim, survivor = replicas_of(server, "mnist")
+            victim.kill()
+            victim.wait(timeout=30)
+            before = len(answers), len(load.statuses)
+            assert wait_for(lambda: len(answers) > before[0] + 20 and len(load.statuses) > before[1] + 20)
+        finally:
+            ended.set()
+    for one in clients:
+        one.result()  # a request that stayed without an answer would raise
+    assert survivor.is_running()
+    lost = [status for status in load.statuses if status != 200]
+    # Those that the replica had are refused, so that a client may ask again; nobody hears of a closed connection.
+    assert set(lost) <= {503}
+    assert len(lost) <= len(load.threads)
+    # Ray starts another in its place, before the application is healthy again.
+    server.deploy(application(recorded_archives, replicas=2))
+    assert len(replicas_of(server, "mnist")) == 2
+    server.deploy(application(recorded_archives))

@@ -25,7 +25,7 @@ from vmap_ensemble.process.device import DTYPES
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("archiver", "benchmarks", "fastertransformer", "optimise", "quality", "scripts", "training")
 # Started by another process, which tells them what to do in another way than by options.
-NO_COMMANDS = {"archiver.checking.check_child", "benchmarks.serve.client"}
+NO_COMMANDS = {"archiver.checking.check_child", "benchmarks.serve.client", "scripts.private_ray"}
 
 ASK_EACH = """
 import io, json, runpy, sys
@@ -99,6 +99,13 @@ def test_help_and_wrong_usage_import_nothing_slow(command, said):
 )
 def test_options_offer_what_there_is(named, there):
     assert sorted(named) == sorted(there)
+
+
+def test_options_offer_every_engine():
+    pytest.importorskip("ray")
+    from benchmarks.runs.engines import Engines
+
+    assert {name for name in vars(Engines) if not name.startswith("_")} == set(options.ENGINES)
 
 
 def test_options_offer_every_rival_that_can_be_built():

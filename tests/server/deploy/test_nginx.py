@@ -1,4 +1,4 @@
-"""deploy/nginx/ensembles.conf as docs/proxy.md sets it up: a real nginx before a real TorchServe."""
+"""deploy/nginx as docs/proxy.md sets it up: a real nginx before a real TorchServe, over HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
 from scripts.private_torchserve import ROOT, TorchServe, free_ports
+from vmap_ensemble.client.grpc import PACKAGE, GrpcClient
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx isn't installed: apt-get install nginx")
 
 PAGE = (ROOT / "docs" / "proxy.md").read_text(encoding="utf-8")
-INSTALL, KEY, ASK = (
+INSTALL, KEY, ASK, INSTALL_GRPC = (
     next(block for block in re.findall(r"\n\n((?: {4}[^\n]*\n)+)", PAGE) if part in block)
-    for part in ("install -D", "openssl rand", "curl")
+    for part in ("install -D", "openssl rand", "curl", "ensembles_grpc.conf")
 )
 DIGIT = (ROOT / "data" / "digits" / "3.png").read_bytes()
 # Debian's nginx.conf, with nothing outside of the test's folder.
@@ -48,6 +52,7 @@ class Front:
 
     folder: Path
     port: int
+    grpc_port: int
     certificate: Path
     process: subprocess.Popen[bytes] | None = None
 
@@ -85,11 +90,14 @@ Starts = Callable[..., Front]
 
 @pytest.fixture
 def start(tmp_path: Path, server: TorchServe, certificate: tuple[Path, Path]) -> Iterator[Starts]:
-    """Starts an nginx as the page says; arguments are (what ensembles.conf says, what is wanted for a test)."""
+    """Starts an nginx as the page says; arguments are (what ensembles.conf says, what is wanted for a test).
+
+    With `grpc`, the address of a server, gRPC is let through as well, and the changes are of ensembles_grpc.conf.
+    """
     processes: list[subprocess.Popen[bytes]] = []
 
-    def starter(*changes: tuple[str, str]) -> Front:
-        front = Front(tmp_path, free_ports(1)[0], certificate[0])
+    def starter(*changes: tuple[str, str], grpc: str = "") -> Front:
+        front = Front(tmp_path, *free_ports(2), certificate[0])
         (tmp_path / "config" / "tls").mkdir(parents=True)
         for file in certificate:
             shutil.copy(file, tmp_path / "config" / "tls")
@@ -101,7 +109,12 @@ def start(tmp_path: Path, server: TorchServe, certificate: tuple[Path, Path]) ->
             tmp_path / "ensembles" / "servers.conf", ("127.0.0.1:8080", server.inference_url.removeprefix("http://"))
         )
         own = (("listen 8443", f"listen 127.0.0.1:{front.port}"), ("/var/log/nginx/", f"{tmp_path}/"))
-        edit(tmp_path / "conf.d" / "ensembles.conf", *own, *changes)
+        edit(tmp_path / "conf.d" / "ensembles.conf", *own, *([] if grpc else changes))
+        if grpc:
+            front.shell(INSTALL_GRPC)
+            edit(tmp_path / "ensembles" / "grpc_servers.conf", ("server 127.0.0.1:7070", f"server {grpc}"))
+            own = (("listen 8444", f"listen 127.0.0.1:{front.grpc_port}"), ("/var/log/nginx/", f"{tmp_path}/"))
+            edit(tmp_path / "conf.d" / "ensembles_grpc.conf", *own, *changes)
         user = "user root;" if os.geteuid() == 0 else ""
         (tmp_path / "nginx.conf").write_text(MAIN.format(user=user))
         command = [str(NGINX), "-p", f"{tmp_path}/", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
@@ -287,3 +300,126 @@ def first_answer(streams: list[ssl.SSLSocket], timeout_s: float = 9.0) -> bytes:
                 return stream.recv(4096)
         time.sleep(0.05)
     return b""
+
+
+def grpc_client(front: Front, *, model: str = "ens", key: str | None = None) -> GrpcClient:
+    key = front.key if key is None else key
+    address = f"127.0.0.1:{front.grpc_port}"
+    return GrpcClient(address, model, key=key, certificate=front.certificate, timeout_s=30)
+
+
+def refusal_of(call: Callable[..., object], *arguments: object) -> tuple[grpc.StatusCode, str]:
+    """How a call over gRPC was refused, and in which words."""
+    with pytest.raises(grpc.RpcError) as refused:
+        call(*arguments)
+    return refused.value.code(), refused.value.details()
+
+
+def code_of(call: Callable[..., object], *arguments: object) -> grpc.StatusCode:
+    return refusal_of(call, *arguments)[0]
+
+
+def test_grpc_reaches_torchserve_with_a_known_key(start: Starts, server: TorchServe) -> None:
+    front = start(grpc=server.grpc_address)
+    with grpc_client(front) as alice, GrpcClient(server.grpc_address, "ens") as inside:
+        assert alice.predict_bytes(DIGIT) == inside.predict_bytes(DIGIT)
+        assert alice.stream(DIGIT) == inside.stream(DIGIT)
+    for key in ("", "0" * 64):
+        with grpc_client(front, key=key) as stranger:
+            assert code_of(stranger.predict_bytes, DIGIT) is grpc.StatusCode.UNAUTHENTICATED
+    assert " alice " in wait_for_log(front, "/Predictions")
+
+
+def test_grpc_lets_out_predictions_alone_and_bounds_messages(start: Starts, server: TorchServe) -> None:
+    front = start(grpc=server.grpc_address)
+    with kserve_channel(front) as channel:
+        for method in (
+            f"{PACKAGE}.InferenceAPIsService/Ping",
+            "org.pytorch.serve.grpc.management.ManagementAPIsService/ListModels",
+            "grpc.health.v1.Health/Check",
+        ):
+            call = channel.unary_unary(f"/{method}")
+            metadata = (("authorization", f"Bearer {front.key}"),)
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", metadata=metadata, timeout=30)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED, method
+    with grpc_client(front, model="echo") as alice:
+        code, words = refusal_of(alice.predict_bytes, bytes(9 * 1024 * 1024))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "larger than is taken here" in words  # nginx', not TorchServe's
+        alice.predict_bytes(bytes(1024))
+
+
+@contextmanager
+def kserve_that_echoes() -> Iterator[str]:
+    """A gRPC server with KServe's method, which answers with the metadata that came to it, or late; its address."""
+    late = threading.Event()
+
+    def infer(request: bytes, context: grpc.ServicerContext) -> bytes:
+        if request == b"late":
+            late.wait(30)
+        return "".join(f"{key}={value};" for key, value in context.invocation_metadata()).encode()
+
+    methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(infer)}
+    running = grpc.server(ThreadPoolExecutor(2))
+    running.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)]
+    )
+    port = running.add_insecure_port("127.0.0.1:0")
+    running.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        late.set()
+        running.stop(None).wait()
+
+
+@contextmanager
+def kserve_channel(front: Front) -> Iterator[grpc.Channel]:
+    credentials = grpc.ssl_channel_credentials(front.certificate.read_bytes())
+    with grpc.secure_channel(f"127.0.0.1:{front.grpc_port}", credentials) as channel:
+        yield channel
+
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def test_grpc_hands_on_options_to_kserve_but_no_key(start: Starts) -> None:
+    with kserve_that_echoes() as address:
+        front = start(("burst=200 ", "burst=2 "), grpc=address)
+        known = ("authorization", f"Bearer {front.key}")
+        with kserve_channel(front) as channel:
+            call = channel.unary_unary(INFER)
+            sent = (known, ("x-ensemble-top-k", "2"), ("describe", "True"), ("explain", "True"))
+            arrived = call(b"x", metadata=sent, timeout=30).decode()
+            assert "x-ensemble-top-k=2;" in arrived
+            assert not any(f"{key}=" in arrived for key in ("authorization", "describe", "explain"))
+            # More at once than the burst of two lets in.
+            calls = [call.future(b"x", metadata=(known,), timeout=30) for _ in range(30)]
+            assert {one.code() for one in calls} == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    with kserve_channel(front) as channel:
+        call = channel.unary_unary(INFER)
+        assert code_of(lambda: call(b"x", metadata=(known,), timeout=30)) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_grpc_cuts_slow_senders_and_late_answers(start: Starts) -> None:
+    limits = (
+        ("client_body_timeout 10s", "client_body_timeout 1s"),
+        ("grpc_read_timeout 130s", "grpc_read_timeout 2s"),
+    )
+    ended = threading.Event()
+
+    def never_whole() -> Iterator[bytes]:
+        ended.wait(30)
+        yield b"x"
+
+    with kserve_that_echoes() as address:
+        front = start(*limits, grpc=address)
+        known = {"metadata": (("authorization", f"Bearer {front.key}"),), "timeout": 25}
+        with kserve_channel(front) as channel:
+            code, words = refusal_of(lambda: channel.unary_unary(INFER)(b"late", **known))
+            assert (code, "in time" in words) == (grpc.StatusCode.DEADLINE_EXCEEDED, True)
+            # Cut by nginx: it would be the client's own deadline otherwise, in other words.
+            code, words = refusal_of(lambda: channel.stream_unary(INFER)(never_whole(), **known))
+            ended.set()
+            assert "Deadline Exceeded" not in words, (code, words)

@@ -56,9 +56,12 @@ RUN_BY: dict[str, dict[str, str]] = {
         "health https": "tests/server/test_deployment_page.py::test_health_is_asked_with_a_key",
         "health http:": "tests/server/test_probes.py::test_the_line_of_the_page_is_healthy",
     },
-    "docs/proxy.md": dict.fromkeys(
-        ("install -D", "openssl rand", "curl"), "tests/server/deploy/test_nginx.py::test_the_page_as_written"
-    ),
+    "docs/proxy.md": {
+        "ensembles_grpc.conf": "tests/server/deploy/test_nginx.py::test_grpc_reaches_torchserve_with_a_known_key",
+        **dict.fromkeys(
+            ("install -D", "openssl rand", "curl"), "tests/server/deploy/test_nginx.py::test_the_page_as_written"
+        ),
+    },
     "docs/monitoring.md": {"curl": "tests/server/test_probes.py::test_the_line_of_the_page_gives_metrics"},
     "docs/from_torchserve.md": {
         "torch-model-archiver": "tests/server/test_from_torchserve.py::images",

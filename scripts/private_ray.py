@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,15 +31,22 @@ class RayServe:
     Args:
         applications: As in Ray Serve's YAML.
         timeout_s: How long each deployment may take.
+        variables: Further environment variables, of Ray and of all replicas.
 
     Raises:
         RuntimeError: They did not start, with the end of the log.
     """
 
-    def __init__(self, applications: list[dict[str, Any]], timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        applications: list[dict[str, Any]],
+        timeout_s: float = 120.0,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         # Not pytest's tmp_path: Ray's sockets need a short path.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self.timeout_s, self.applications, self.versions = timeout_s, applications, 0
+        self.variables = dict(variables or {})
         self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -53,10 +61,11 @@ class RayServe:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "500",
+            **self.variables,
         }
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.server.ray_process", str(self.folder), str(self.metrics_port)],
+                [sys.executable, "-m", "scripts.private_ray", str(self.folder), str(self.metrics_port)],
                 env=self.environment,
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
@@ -176,7 +185,8 @@ def _wait(serve: Any, timeout_s: float) -> dict[str, str]:
         time.sleep(0.2)
         found = serve.status().applications
         states = {str(one.status.value): one.message for one in found.values()} if found else {"NOT_STARTED": ""}
-        failed = next((status for status in states if status.endswith("FAILED") or status == "UNHEALTHY"), None)
+        # Not UNHEALTHY: another replica comes for one that died.
+        failed = next((status for status in states if status.endswith("FAILED")), None)
         if failed or list(states) == ["RUNNING"] or time.monotonic() > ends:
             status = failed or next((status for status in states if status != "RUNNING"), "RUNNING")
             return {"status": status, "message": states[status]}
