@@ -1,6 +1,6 @@
 """Chooses, layer by layer, between torch's kernels and Triton's for few rows of every member.
 
-A kernel of few_rows_kernels.py serves a layer once it has been held against torch's there: equal, and measured faster.
+A kernel of few_rows_kernels.py serves a layer once it was held against torch's there: equal, and measured faster.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def only_fusable(forward: Forward, _examples: Sequence[Args], _options: Executio
 @mode("cudagraph_fused", what="the recorded forward in fused steps", place=0.8, devices=CUDA,
       reasons_against=only_fusable)  # fmt: skip
 def build_fused(forward: Forward, examples: Sequence[Args], options: ExecutionOptions) -> Built:
-    """Recorded at load for the buckets of the examples: their layers' kernels are measured then, never by a request."""
+    """Recorded at load for the examples' buckets: layers' kernels are measured then, never by a request."""
     lay_out = forward.static_fused
     if lay_out is None:
         raise LoadError(only_fusable(forward, examples, options)[0])
