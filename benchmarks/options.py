@@ -35,6 +35,7 @@ RIVALS = (
     "ours_compiled",
     "ours_ahead_of_time",
     "ours_cudagraph",
+    "ours_cudagraph_fused",
     "ours_branches",
     "ours_compiled_branches",
     "ours_auto",

@@ -26,8 +26,8 @@ from vmap_ensemble.process.device import DTYPES
 
 MEMBERS = 2
 AUTO_S = 1.0
-TEXT_MODES = ("reference", "eager", "cudagraph", "cudagraph_loop", "branches", "auto")
-IMAGE_MODES = (*TEXT_MODES, "prepared")
+IMAGE_MODES = ("reference", "eager", "cudagraph", "cudagraph_loop", "branches", "auto", "prepared")
+TEXT_MODES = (*IMAGE_MODES[:-1], "cudagraph_fused")
 COMPILED = ("compiled", "compiled_branches")
 # Handler's mode -> class of transformers.
 HEADS = {

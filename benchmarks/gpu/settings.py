@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 RIVALS = ("loop_graph", "stock_vmap", "ours_cudagraph", "ours_auto")
 IMAGE_RIVALS = ("ours_branches", "ours_compiled_branches")
+TEXT_RIVALS = ("ours_cudagraph_fused",)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Setting:
     @property
     def rivals(self) -> tuple[str, ...]:
         """What is measured beside the loop."""
-        images = () if self.network.startswith(("bert", "minilm")) else IMAGE_RIVALS
-        return (*RIVALS, *images, *(("loop_reduce_overhead",) if self.compiled else ()))
+        more = TEXT_RIVALS if self.network.startswith(("bert", "minilm")) else IMAGE_RIVALS
+        return (*RIVALS, *more, *(("loop_reduce_overhead",) if self.compiled else ()))
 
 
 MNIST, RESNET18, BERT, MINILM = "MNIST, 28x28", "ResNet-18, 224x224", "bert-base shape", "MiniLM-L6 shape"

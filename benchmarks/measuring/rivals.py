@@ -189,6 +189,10 @@ class Rivals:
         """Mode `cudagraph`."""
         return self._ours("cudagraph")
 
+    def ours_cudagraph_fused(self) -> Call:
+        """Mode `cudagraph_fused`."""
+        return self._ours("cudagraph_fused")
+
     def ours_branches(self) -> Call:
         """Mode `branches`."""
         return self._ours("branches")

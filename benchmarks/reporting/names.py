@@ -18,6 +18,7 @@ FORWARD = {
     "ours_compiled": ("ours: compiled", "Inductor's code for all members, compiled at load"),
     "ours_ahead_of_time": ("ours: native code", "the same, compiled by `./archive.sh --compile`"),
     "ours_cudagraph": ("ours: cudagraph", "the vmapped call, recorded once as a CUDA graph"),
+    "ours_cudagraph_fused": ("ours: fused steps", "an encoder's fused steps with kernels for few rows, recorded"),
     "ours_branches": ("ours: branches", "members side by side on streams, recorded as one CUDA graph"),
     "ours_compiled_branches": ("ours: compiled branches", "the same, a member compiled once for all of them"),
     "ours_auto_onnx": ("ours: auto, --onnx", "the same on an archive that `./archive.sh --onnx` built"),

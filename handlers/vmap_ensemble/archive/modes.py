@@ -23,6 +23,7 @@ MODULES: dict[str, str] = {
     "branches": "vmap_ensemble.execution.cuda.mode",
     "compiled_branches": "vmap_ensemble.execution.cuda.mode",
     "cudagraph": "vmap_ensemble.execution.cuda.mode",
+    "cudagraph_fused": "vmap_ensemble.execution.cuda.mode",
     "cudagraph_loop": "vmap_ensemble.execution.cuda.mode",
     "onnxruntime": "vmap_ensemble.execution.onnx.mode",
     "openvino": "vmap_ensemble.execution.onnx.mode",

@@ -106,7 +106,7 @@ class Settings:
         "numbers, so int8 is never among its candidates (`quantization`); `eager` vmap; `prepared` weights; "
         "`compiled`, by `./archive.sh --compile` or else at load; `onnxruntime`, `openvino`, by `--onnx` or else so; "
         "recorded on a GPU: `branches`, members side by side, `compiled_branches`, `cudagraph`, the vmapped forward, "
-        "`cudagraph_loop`; `reference`, the plain loop.",
+        "`cudagraph_fused`, an encoder in fused steps, `cudagraph_loop`; `reference`, the plain loop.",
     )
     execution_budget_s: float = Field(
         AUTO_BUDGET_S,

@@ -102,6 +102,11 @@ class Forward(Protocol):
         """As `static_batches` for this forward itself, where it is recorded on other inputs than its arguments."""
         return None
 
+    @property
+    def static_fused(self) -> Callable[[Any, Sequence[Any], Sequence[int] | None], Any] | None:
+        """As `static_forward`, in fused steps, of kernels for them and an example of the arguments."""
+        return None
+
     def without_packed_weights(self) -> Forward:
         """The same on plain weights: compilers refuse reordered matrices that aren't constants of their own."""
         return self

@@ -162,6 +162,18 @@ def packed(packing: Packing) -> Iterator[None]:
         _packing.reset(token)
 
 
+def current_packing() -> Packing:
+    """The packing that encoders attend along here.
+
+    Raises:
+        LookupError: Nothing is packed.
+    """
+    packing = _packing.get()
+    if packing is None:
+        raise LookupError("expected to be called within `packed`")
+    return packing
+
+
 def _attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:

@@ -24,6 +24,7 @@ from vmap_ensemble.core.forward import EnsembleForward
 from vmap_ensemble.core.members import StackedMembers
 from vmap_ensemble.encoders.attention import ATTENTION, packed
 from vmap_ensemble.encoders.batching_rules import FastRules
+from vmap_ensemble.encoders.fused import FusedEncoder, Kernels
 from vmap_ensemble.encoders.packing import Packing, pack, spread, take_first, unpack
 from vmap_ensemble.encoders.recorded import PackedTexts, PaddedTexts, round_up
 from vmap_ensemble.errors import LoadError
@@ -274,6 +275,20 @@ class PackedEncoderForward(EncoderForward):
     def static_forward(self) -> Callable[[Sequence[int] | None], LayOut]:
         """Without padding; what fills a bucket is one more text."""
         return partial(PackedTexts, self)
+
+    @property
+    def static_fused(self) -> Callable[[Kernels, Sequence[Any], Sequence[int] | None], LayOut]:
+        """As `static_forward`, in fused steps; see fused.py. Batches that token types set apart run as they are."""
+        return self._lay_out_fused
+
+    def _lay_out_fused(self, kernels: Kernels, example: Sequence[Any], buckets: Sequence[int] | None) -> LayOut:
+        fused = FusedEncoder(self, len(example) > 2 and example[2] is not None, kernels)
+
+        def run(packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor) -> Any:
+            as_traced = (types is not None) == fused.with_types
+            return (fused if as_traced else self.run_packed)(packing, ids, types, places)
+
+        return PackedTexts(self, buckets, run)
 
     def run_packed(self, packing: Packing, ids: Tensor, types: Tensor | None, places: Tensor) -> Any:
         """Run all members on what `pack_rows` gives; outputs per token stay packed."""

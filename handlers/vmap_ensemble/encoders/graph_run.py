@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -14,7 +13,7 @@ from vmap_ensemble.execution.cpu.layers import add_packed_slot, write_step
 from vmap_ensemble.execution.cpu.onednn import linear_add_step, linear_step
 from vmap_ensemble.execution.cpu.prepared import PackedGraph, PreparedForward
 from vmap_ensemble.execution.cpu.schedule import Schedule
-from vmap_ensemble.execution.graph.lowered_model import LoweredModel, drop_unused_slots, slot_name
+from vmap_ensemble.execution.graph.lowered_model import LoweredModel, drop_unused_slots, join_slots
 from vmap_ensemble.execution.graph.steps import MIN_LINEAR_WEIGHTS, linear, linear_add
 
 PackWeight = Callable[[Tensor], list[Tensor]]
@@ -83,19 +82,8 @@ def _pack_one(lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]]
 
 def _pack_joined(lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: PackWeight) -> None:
     x, weights, biases = node.args
-    weight = _join_slots(lowered, weights)
+    weight = join_slots(lowered, weights)
     packed[weight.name] = pack_weight(lowered.value(weight.name))
     lowered.slots[weight.name] = packed[weight.name][0]  # the plain copy gives its memory back
-    bias = None if biases is None else _join_slots(lowered, biases)
+    bias = None if biases is None else join_slots(lowered, biases)
     write_step(node, linear_step(cast(fx.Node, x), weight, bias, "none"))
-
-
-def _join_slots(lowered: LoweredModel, parts: Any) -> fx.Node:
-    """A slot for tensors one below the other; (M, ...) if a member has one of them for itself."""
-    tensors = [lowered.value(part.name) for part in parts]
-    own = [part.name in lowered.stacked for part in parts]
-    if any(own):
-        count = len(tensors[own.index(True)])
-        tensors = [t if mine else t.expand(count, *t.shape) for t, mine in zip(tensors, own, strict=True)]
-    joined = torch.cat(tensors, dim=1 if any(own) else 0)
-    return lowered.add_slot(slot_name(f"{parts[0].name}_joined"), joined, any(own))

@@ -10,7 +10,7 @@ and the outputs waits for the device. What a bucket doesn't fix, such as where e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,16 +79,22 @@ class StaticForward(TextForward, Protocol):
         """Outputs per token of a packed row, (M, 1, T, ...) -> (M, B, S, ...)."""
 
 
+# Packing, ids, token types or None, and position ids of all tokens, (1, T) each -> outputs, per token still packed.
+RunPacked = Callable[[Packing, Tensor, Tensor | None, Tensor], Any]
+
+
 class PackedTexts:
     """Lays out batches for a forward that computes no padding; see `Laid`.
 
     Args:
         forward: What is recorded.
         buckets: Numbers of texts, ascending; None: few, or `BUCKETS` where rows have a width.
+        run: Runs all members on packed rows; by default the forward's `run_packed`.
     """
 
-    def __init__(self, forward: StaticForward, buckets: Sequence[int] | None) -> None:
+    def __init__(self, forward: StaticForward, buckets: Sequence[int] | None, run: RunPacked | None = None) -> None:
         self.forward, self.needs_width = forward, forward.needs_width
+        self.run = forward.run_packed if run is None else run
         few = BUCKETS if self.needs_width else PACKED_BUCKETS
         self.buckets = check_buckets(few if buckets is None else buckets)
 
@@ -108,7 +114,7 @@ class PackedTexts:
         given = (ids, token_type_ids, self.forward.count_positions(ids))
         rows = [tensor.cpu().numpy().reshape(-1)[found.index] for tensor in given if tensor is not None]
         width = round_up(found.width) if self.needs_width else 0
-        return PackedBatch(self.forward, found, rows, Sizes(round_up(len(found.index)), texts, width))
+        return PackedBatch(self.forward, self.run, found, rows, Sizes(round_up(len(found.index)), texts, width))
 
 
 @dataclass(frozen=True)
@@ -154,13 +160,15 @@ class PackedBatch:
     """Texts without padding in a bucket; see `Laid`.
 
     Attributes:
-        forward: What is recorded.
+        forward: Whose texts they are.
+        run_packed: What is recorded.
         found: Where the tokens of the batch are.
         rows: Ids, token types if there are any, and position ids of its tokens, (T,) each.
         sizes: Of the bucket.
     """
 
     forward: StaticForward
+    run_packed: RunPacked
     found: Tokens
     rows: Sequence[Array]
     sizes: Sizes
@@ -213,7 +221,7 @@ class PackedBatch:
         limit = min(self.sizes.tokens, max(self.forward.longest, self.sizes.tokens // STEPS))
         packing = Packing((self.sizes.texts + 1, self.sizes.width), index, first, (), ends=ends, limit=limit)
         ids, *types, places = (row.unsqueeze(0) for row in rows)
-        return self.forward.run_packed(packing, ids, types[0] if types else None, places), index
+        return self.run_packed(packing, ids, types[0] if types else None, places), index
 
     def cut(self, outputs: Any) -> Any:
         """(M, 1, T, ...) of tokens -> (M, B, S, ...); else (M, B, ...), with as many columns as hold tokens."""

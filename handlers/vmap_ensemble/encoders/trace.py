@@ -34,7 +34,7 @@ from vmap_ensemble.execution.graph.lowered_model import (
 )
 from vmap_ensemble.execution.graph.steps import linear, linear_add
 
-_ATTEND = torch.ops.vmap_ensemble.attend_packed.default
+ATTEND = torch.ops.vmap_ensemble.attend_packed.default
 _aten = torch.ops.aten
 _SIZE = _aten.sym_size.int
 # Ways in which a model turns rows (1, T, H) into heads (1, heads, T, D); none of them moves a number.
@@ -141,10 +141,11 @@ def trace_encoder(forward: PackedForward, with_types: bool) -> tuple[LoweredMode
         return leaves
 
     # Three texts of 7 tokens: no size is another's, and none is 0 or 1, which tracing takes for constants.
-    packing = Packing((3, 5), torch.arange(7), torch.tensor([0, 1, 3]), (Group(0, 1, 1), Group(1, 3, 2)))
-    ids = torch.full((1, 7), 5)
-    rows = (ids, torch.zeros_like(ids) if with_types else None, torch.arange(7).unsqueeze(0))
-    arguments = graph_arguments(packing, torch.ones(3, 5, dtype=torch.long), rows)
+    with forward.members.device:
+        packing = Packing((3, 5), torch.arange(7), torch.tensor([0, 1, 3]), (Group(0, 1, 1), Group(1, 3, 2)))
+        ids = torch.full((1, 7), 5)
+        rows = (ids, torch.zeros_like(ids) if with_types else None, torch.arange(7).unsqueeze(0))
+        arguments = graph_arguments(packing, torch.ones(3, 5, dtype=torch.long), rows)
     try:
         with torch.inference_mode(False), torch.no_grad(), _Layers():
             traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
@@ -204,7 +205,7 @@ def _simplify(lowered: LoweredModel) -> None:
         node.target, node.args, node.kwargs = linear, (*node.args, swallow(node, _activation_name) or "none"), {}
     for node in graph.find_nodes(op="call_function", target=linear):
         _fuse_addition(node)
-    for node in graph.find_nodes(op="call_function", target=_ATTEND):
+    for node in graph.find_nodes(op="call_function", target=ATTEND):
         _join_attention(node)
     graph.eliminate_dead_code()
     drop_unused_slots(lowered)

@@ -112,7 +112,7 @@ def test_a_setting_is_reached_if_every_ratio_and_the_time_are(
 def test_every_mode_of_a_gpu_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mode, "CudaRecorder", FakeRecorder)
     monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-    for name in ("cudagraph", "cudagraph_loop", "branches", "compiled_branches"):
+    for name in ("cudagraph", "cudagraph_fused", "cudagraph_loop", "branches", "compiled_branches"):
         anywhere = dataclasses.replace(register.find_mode(name), devices=None)
         monkeypatch.setitem(register._MODES, name, anywhere)
     case = next(case for case in correctness.cases() if case.handler.endswith("sequence_classification"))

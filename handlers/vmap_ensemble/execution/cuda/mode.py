@@ -2,6 +2,7 @@
 
 cudagraph       the vmapped forward            branches           members side by side, see branches.py
 cudagraph_loop  the plain loop over members    compiled_branches  the same, a member's part compiled by Inductor
+cudagraph_fused an encoder's forward in fused steps, by kernels for few rows where they are faster
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from vmap_ensemble.core.forward import Forward
+from vmap_ensemble.errors import LoadError
 from vmap_ensemble.execution.cuda.branches import Branches, take_apart
+from vmap_ensemble.execution.cuda.few_rows import FewRows
 from vmap_ensemble.execution.cuda.graphs import BUCKETS, BatchRows, Recorded, find_bucket
 from vmap_ensemble.execution.cuda.recorder import CudaRecorder, Recorder
 from vmap_ensemble.execution.modes import build_loop
@@ -41,6 +44,26 @@ def build_vmap(forward: Forward, _examples: Sequence[Args], options: ExecutionOp
     if lay_out is not None:
         return Built(Recorded(lay_out(options.buckets), forward, recorder))
     return Built(_record(forward, forward, options.buckets, recorder, forward.channels_last), forward.channels_last)
+
+
+def only_fusable(forward: Forward, _examples: Sequence[Args], _options: ExecutionOptions) -> list[str]:
+    """Why a forward has no fused steps."""
+    return [] if forward.static_fused is not None else [f"{type(forward).__name__} has no fused steps"]
+
+
+@mode("cudagraph_fused", what="the recorded forward in fused steps", place=0.8, devices=CUDA,
+      reasons_against=only_fusable)  # fmt: skip
+def build_fused(forward: Forward, examples: Sequence[Args], options: ExecutionOptions) -> Built:
+    """Recorded at load for the examples' buckets: layers' kernels are measured then, never by a request."""
+    lay_out = forward.static_fused
+    if lay_out is None:
+        raise LoadError(only_fusable(forward, examples, options)[0])
+    kernels = FewRows(options.schedule)
+    run = Recorded(lay_out(kernels, examples[0], options.buckets), forward, CudaRecorder(forward.members.device))
+    for args in examples:
+        run(*args)
+    kernels.choosing = False
+    return Built(run, schedule=kernels.choices)
 
 
 @mode("cudagraph_loop", what="the recorded loop", place=2, devices=CUDA)

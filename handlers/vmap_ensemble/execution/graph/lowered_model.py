@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,17 @@ def drop_unused_slots(lowered: LoweredModel) -> None:
             lowered.stacked.discard(node.name)
             lowered.batched.discard(node)
             lowered.graph.erase_node(node)
+
+
+def join_slots(lowered: LoweredModel, parts: Sequence[fx.Node]) -> fx.Node:
+    """A new slot for the tensors of some, one below the other; (M, ...) if a member has one of them for itself."""
+    tensors = [lowered.value(part.name) for part in parts]
+    own = [part.name in lowered.stacked for part in parts]
+    if any(own):
+        count = len(tensors[own.index(True)])
+        tensors = [t if mine else t.expand(count, *t.shape) for t, mine in zip(tensors, own, strict=True)]
+    joined = torch.cat(tensors, dim=1 if any(own) else 0)
+    return lowered.add_slot(slot_name(f"{parts[0].name}_joined"), joined, any(own))
 
 
 def mark_batched(lowered: LoweredModel) -> None:
