@@ -81,9 +81,9 @@ def _pack_one(lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]]
 
 
 def _pack_joined(lowered: LoweredModel, node: fx.Node, packed: dict[str, list[Any]], pack_weight: PackWeight) -> None:
-    x, weights, biases = node.args
+    x, weights, biases = cast(tuple[Any, ...], node.args)
     weight = join_slots(lowered, weights)
     packed[weight.name] = pack_weight(lowered.value(weight.name))
     lowered.slots[weight.name] = packed[weight.name][0]  # the plain copy gives its memory back
     bias = None if biases is None else join_slots(lowered, biases)
-    write_step(node, linear_step(cast(fx.Node, x), weight, bias, "none"))
+    write_step(node, linear_step(x, weight, bias, "none"))

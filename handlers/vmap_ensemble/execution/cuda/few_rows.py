@@ -64,7 +64,8 @@ class FewRows:
         load: Callable[[], Any] = import_kernels,
     ) -> None:
         self.choices: dict[str, str] = dict(known or {})
-        self.choosing, self.refused = True, None
+        self.choosing = True
+        self.refused: str | None = None
         self._kernels, self._measure = None, measure
         try:
             self._kernels = load()
