@@ -18,6 +18,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 NETWORKS = ("bert", "minilm", "mnist", "mnist-trained", "resnet18", "resnet50")
 # Batches of texts in runs/batching_rules.py and runs/bert_vmap.py
 TEXTS = ("ragged", "single", "full")
+# The encoder that `benchmarks.precision` compares
+TEXT_MODEL = "minilm"
 # Settings of runs/seeds.py
 SEEDS = ("mnist", "resnet18", "bert")
 # Methods of measuring/rivals.py.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from vmap_ensemble.execution.modes import ExecutionOptions
 from vmap_ensemble.execution.onnx.graph import export_members
 from vmap_ensemble.execution.onnx.graph import reasons_against as no_graph
 from vmap_ensemble.execution.onnx.packages import write_onnx
+from vmap_ensemble.execution.quiet import quietly
 
 Call = Callable[[], Tensor]
 # Weights of all members in one ONNX file: a protobuf holds 2 GiB.
@@ -40,6 +40,29 @@ class Unrolled(nn.Module):
     def forward(self, *args: Tensor) -> Tensor:
         """(B, ...) -> (M, B, ...)."""
         return torch.stack([to_tensor(network(*args)) for network in self.networks])
+
+
+def export_networks(networks: list[nn.Module], args: Args, path: Path) -> Path:
+    """Write one ONNX graph of all networks, for batches of this size alone, unless the file is there.
+
+    Args:
+        networks: Below `GRAPH_LIMIT_BYTES` together.
+        args: One batch; inputs are called x0, x1, ...
+        path: Of the file, weights included.
+    """
+    if not path.exists():
+        names = [f"x{index}" for index in range(len(args))]
+        with quietly():  # of the exporter's own making, thousands of lines
+            torch.onnx.export(
+                Unrolled(networks).eval(),
+                args,
+                str(path),
+                input_names=names,
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+            )
+    return path
 
 
 class Rivals:
@@ -131,15 +154,7 @@ class Rivals:
         size = sum(map(parameter_bytes, networks))
         if size > GRAPH_LIMIT_BYTES:
             raise EnsembleError(f"{size / 2**30:.1f} GiB of weights don't fit one ONNX file")
-        path = self.folder / f"{name}.onnx"
-        if not path.exists():
-            names = [f"x{index}" for index in range(len(self.args))]
-            with warnings.catch_warnings():  # of the exporter's own making, thousands of lines
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    Unrolled(networks).eval(), self.args, str(path), input_names=names, dynamo=True, verbose=False
-                )
-        return str(path)
+        return str(export_networks(networks, self.args, self.folder / f"{name}.onnx"))
 
     def openvino(self) -> Call:
         """One OpenVINO graph with all members."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measuring.measure import Timing, describe_machine, measure_interleaved
+from benchmarks.measuring.int8_engines import StaticInt8
+from benchmarks.measuring.measure import Timing, describe_machine, describe_versions
 from benchmarks.measuring.networks import NETWORKS, build_members, device_of, states_of
+from benchmarks.measuring.precisions import Agreement, drop_hopeless, figures_of, show, time_for, time_table
+from benchmarks.options import TEXT_MODEL
+from benchmarks.runs.precision_texts import measure_texts
 from quality.scores import combine, score
 from training.runs.evaluate import find_members
 from training.runs.mnist import open_data
@@ -32,8 +35,9 @@ from vmap_ensemble.models.mnist import MnistNet
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_IMAGES, TEST_BATCH = 256, 200
-BLOCK = 4  # calls of one rival in a row
-HOPELESS = 5  # times the float32 loop
+CALIBRATION_NOISE = 32
+UNSEEN = 64  # inputs that outputs are compared on
+BASES = ("fp32 loop", "fp32 prepared")
 
 Forward = Callable[[Tensor], Any]
 
@@ -57,10 +61,21 @@ def cast_members(members: StackedMembers, dtype: torch.dtype) -> StackedMembers:
 class Rivals:
     """The same members in each precision, run in each way that it has; `build` gives (B, ...) -> (M, B, C)."""
 
-    names = ("fp32 loop", "fp32 prepared", "bf16 loop", "bf16 prepared", "fp16 loop", "fp16 prepared", "int8")
+    names = (
+        "fp32 loop",
+        "fp32 prepared",
+        "bf16 loop",
+        "bf16 prepared",
+        "fp16 loop",
+        "fp16 prepared",
+        "int8",
+        "int8 ONNX Runtime",
+        "int8 OpenVINO",
+    )
 
-    def __init__(self, model: str, networks: list[nn.Module], samples: list[Tensor]) -> None:
+    def __init__(self, model: str, networks: list[nn.Module], samples: list[Tensor], folder: Path) -> None:
         self.model, self.networks, self.samples = model, networks, samples
+        self.engines = StaticInt8(networks, samples, folder)
         self.members = stack_members(states_of(networks), device=device_of(networks[0]), share=False)
         self.ranges: Any = None
 
@@ -68,9 +83,13 @@ class Rivals:
         """Make a rival for batches like the example.
 
         Raises:
-            UnsupportedModel: It can't be had on this machine; the text says why.
+            EnsembleError: It can't be had on this machine; the text says why.
         """
         precision, _, way = name.partition(" ")
+        if way == "ONNX Runtime":
+            return self.engines.onnxruntime(example)
+        if way == "OpenVINO":
+            return self.engines.openvino(example)
         network = NETWORKS[self.model].build()
         if precision == "int8":
             self.ranges = self.ranges or calibrate(network, self.members, [(batch,) for batch in self.samples])
@@ -83,30 +102,23 @@ class Rivals:
         return lambda x: run(x.to(dtype)).float()
 
 
-def compare_times(rivals: Rivals, example: Tensor, seconds: float) -> tuple[list[Timing], dict[str, float]]:
-    """Time each rival in turns on one batch; also the largest difference to the loop, relative to its output."""
+def compare_times(
+    rivals: Rivals, example: Tensor, unseen: Tensor, seconds: float
+) -> tuple[list[Timing], dict[str, Agreement]]:
+    """Time each rival in turns on one batch; also how it agrees with the float32 loop on inputs of no calibration."""
     runs: dict[str, Callable[[], Tensor]] = {}
-    differences: dict[str, float] = {}
-    want = rivals.build("fp32 loop", example)(example)
+    forwards: dict[str, Forward] = {}
     for name in rivals.names:
         try:
-            run = rivals.build(name, example)
+            forward = forwards[name] = rivals.build(name, example)
         except EnsembleError as error:
             print(f"{name} is left out: {error}")
             continue
-        differences[name] = float((run(example) - want).abs().max() / want.abs().max())
-        runs[name] = lambda run=run: run(example)  # type: ignore[misc]
-    trial = measure_interleaved(runs, example.device, warmup=1, iterations=2, block=2)
-    loop_ms = trial[0].median_ms
-    for timing in [timing for timing in trial if timing.median_ms > HOPELESS * loop_ms]:
-        print(
-            f"{timing.name} takes {timing.median_ms:.0f} ms, {timing.median_ms / loop_ms:.0f} times the loop; "
-            "it is measured no further"
-        )
-        del runs[timing.name]
-        trial.remove(timing)
-    rounds = max(3, min(100, round(1e3 * seconds / (BLOCK * sum(timing.mean_ms for timing in trial)))))
-    return measure_interleaved(runs, example.device, BLOCK, rounds * BLOCK, BLOCK), differences
+        runs[name] = lambda forward=forward: forward(example)  # type: ignore[misc]
+    runs, round_ms = drop_hopeless(runs, "fp32 loop")
+    outputs = {name: torch.cat([forwards[name](x) for x in unseen.split(len(example))], dim=1) for name in runs}
+    agreements = {name: Agreement.of(outputs["fp32 loop"], output) for name, output in outputs.items()}
+    return time_for(runs, round_ms, seconds), agreements
 
 
 def judge(rivals: Rivals, test: Digits) -> list[dict[str, Any]]:
@@ -114,7 +126,7 @@ def judge(rivals: Rivals, test: Digits) -> list[dict[str, Any]]:
     images = normalise(test.images).split(TEST_BATCH)
     rows: list[dict[str, Any]] = []
     reference = None
-    for name in ("fp32 prepared", "bf16 prepared", "int8"):
+    for name in ("fp32 prepared", "bf16 prepared", "int8", "int8 ONNX Runtime", "int8 OpenVINO"):
         try:
             run = rivals.build(name, images[0])
         except EnsembleError as error:
@@ -122,8 +134,7 @@ def judge(rivals: Rivals, test: Digits) -> list[dict[str, Any]]:
             continue
         combined = combine(torch.cat([run(batch) for batch in images], dim=1))
         reference = reference or combined
-        precision = name.partition(" ")[0]
-        found = score(precision, combined.probabilities.clamp_min(1e-38).log(), test.labels)
+        found = score(name.removesuffix(" prepared"), combined.probabilities.clamp_min(1e-38).log(), test.labels)
         changed = int((combined.ranking[:, 0] != reference.ranking[:, 0]).sum())
         largest = float((combined.probabilities - reference.probabilities).abs().max())
         rows.append({**asdict(found), "changed": changed, "largest": largest, "images": len(test.labels)})
@@ -143,66 +154,29 @@ def accuracy_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return [titles, *cells]
 
 
-def time_table(batch: int, timings: list[Timing], differences: dict[str, float]) -> list[list[str]]:
-    """Titles and cells; ratios are of medians."""
-    medians = {timing.name: timing.median_ms for timing in timings}
-    titles = [f"batch {batch}", "median (ms)", "p10 to p90 (ms)", "x fp32 loop", "x fp32 prepared", "difference"]
-    cells = [
-        [
-            *(t.name, f"{t.median_ms:.2f}", f"{t.p10_ms:.2f} to {t.p90_ms:.2f}"),
-            *(f"{medians[base] / t.median_ms:.2f}" for base in ("fp32 loop", "fp32 prepared")),
-            f"{differences[t.name]:.1e}",
-        ]
-        for t in timings
-    ]
-    return [titles, *cells]
-
-
-def show(rows: list[list[str]], markdown: bool) -> None:
-    """Print a table, the first row of which are its titles."""
-    titles, *cells = rows
-    if markdown:
-        lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
-        print("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
-        return
-    table = Table()
-    for position, title in enumerate(titles):
-        table.add_column(title, justify="right" if position else "left")
-    for row in cells:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run what the command line asks for, print it, and return the figures."""
-    torch.manual_seed(0)
+def measure_images(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Judge and time classifiers of images, print the tables, and return the figures."""
     test: Digits | None = None
     if options.members:
         networks = load_networks(find_members(options.members))
         _, train, test = open_data(options.data_dir, False)
         samples = list(normalise(train.images[:CALIBRATION_IMAGES]).split(32))
+        unseen = normalise(test.images[:UNSEEN])
     else:
         networks = build_members(NETWORKS[options.model], options.count)
-        samples = list(NETWORKS[options.model].make_args(8))
-    rivals = Rivals(options.model, networks, samples)
-    figures: dict[str, Any] = {
-        "machine": describe_machine(torch.device("cpu")),
-        "members": len(networks),
-        "times": {},
-    }
-    machine = figures["machine"]
-    print(
-        f"{options.model}, {len(networks)} members; {machine['cpu']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}"
-    )
+        samples = [NETWORKS[options.model].make_args(8)[0] for _ in range(CALIBRATION_NOISE // 8)]
+        unseen = NETWORKS[options.model].make_args(UNSEEN)[0]
+    rivals = Rivals(options.model, networks, samples, folder)
+    figures: dict[str, Any] = {"members": len(networks), "times": {}}
+    print(f"{options.model}, {len(networks)} members, calibrated on {sum(map(len, samples))} inputs")
     if test is not None:
         figures["accuracy"] = judge(rivals, test)
         show(accuracy_table(figures["accuracy"]), options.markdown)
     for batch in options.batch:
-        example = torch.cat(samples)[:1].repeat(batch, 1, 1, 1)
-        timings, differences = compare_times(rivals, example, options.seconds)
-        show(time_table(batch, timings, differences), options.markdown)
-        figures["times"][batch] = {"timings": [asdict(t) for t in timings], "differences": differences}
+        example = samples[0][:1].repeat(batch, 1, 1, 1)
+        timings, agreements = compare_times(rivals, example, unseen, options.seconds)
+        show(time_table(f"batch {batch}", timings, agreements, BASES), options.markdown)
+        figures["times"][batch] = figures_of(timings, agreements)
     return figures
 
 
@@ -210,12 +184,18 @@ def run(options: argparse.Namespace) -> int:
     """Do what the options ask; returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    machine = describe_machine(torch.device("cpu")) | describe_versions("onnxruntime", "openvino", "nncf")
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    torch.manual_seed(0)
     try:
-        with torch.inference_mode():
-            figures = measure(options)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            if options.model == TEXT_MODEL:
+                figures = measure_texts(options, Path(folder))
+            else:
+                figures = measure_images(options, Path(folder))
     except (DataError, EnsembleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n")
     return 0
