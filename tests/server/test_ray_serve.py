@@ -305,7 +305,7 @@ def test_a_replica_that_is_killed_takes_no_more_with_it_than_it_had(
     # Those that the replica had are refused, so that a client may ask again; nobody hears of a closed connection.
     assert set(lost) <= {503}
     assert len(lost) <= len(load.threads)
-    # Ray starts another in its place, before the application is healthy again.
+    # Ray starts another in its place, once it has noticed: until then it calls the application healthy.
+    assert wait_for(lambda: len(replicas_of(server, "mnist")) == 2, timeout_s=90)
     server.deploy(application(recorded_archives, replicas=2))
-    assert len(replicas_of(server, "mnist")) == 2
     server.deploy(application(recorded_archives))

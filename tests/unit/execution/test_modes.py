@@ -170,7 +170,7 @@ def test_a_setting_is_checked_against_the_same_names():
         == mode_names()
         == [
             *("auto", "eager", "prepared", "compiled"),
-            *("branches", "compiled_branches", "cudagraph", "cudagraph_loop"),
+            *("branches", "compiled_branches", "cudagraph", "cudagraph_fused", "cudagraph_loop"),
             *("onnxruntime", "openvino", "reference"),
         ]
     )
