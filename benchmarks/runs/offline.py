@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -15,19 +14,15 @@ from typing import Any
 import httpx
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from archiver.blocks.request import make_request
-from archiver.build import build_archive
 from benchmarks.measuring.measure import describe_machine, use_threads, write_json
 from benchmarks.measuring.vmap_comparison import perturb
-from benchmarks.options import ROOT
 from benchmarks.runs.bert_vmap import find_default_model
-from benchmarks.serve.archives import SUBJECTS, write_members
+from benchmarks.serve.archives import SUBJECTS, pack_block, write_members
 from scripts.private_torchserve import TorchServe
 from training.runs.mnist_data import SAMPLE_DIR, load_digits
 from vmap_ensemble.ensemble import Ensemble
@@ -54,13 +49,6 @@ class Subject:
     plain: Callable[[list[bytes]], Tensor]
 
 
-def pack(block: dict[str, Any], folder: Path) -> Path:
-    """Build an archive as ./archive.sh does, but for the load that checks it: it is loaded here."""
-    with open(os.devnull, "w") as nowhere:
-        request = make_request("ens", {"ens": block}, ROOT, no_check=True)
-        return build_archive(request, folder, force=True, console=Console(file=nowhere))
-
-
 def make_digits(count: int, members: int, folder: Path) -> Subject:
     """PNG files of the repository's digits, over and over."""
     digits = load_digits(SAMPLE_DIR, "test").images
@@ -84,7 +72,11 @@ def make_digits(count: int, members: int, folder: Path) -> Subject:
         return mean_probabilities(networks, torch.stack(images))
 
     block = {"handler": subject.handler, "members": [str(file) for file in files]}
-    return Subject(pack(block, folder), [bodies[index % len(bodies)] for index in range(count)], plain)
+    return Subject(
+        pack_block("ens", block, folder, no_check=True),
+        [bodies[index % len(bodies)] for index in range(count)],
+        plain,
+    )
 
 
 def make_texts(source: Path, count: int, members: int, folder: Path) -> Subject:
@@ -108,7 +100,7 @@ def make_texts(source: Path, count: int, members: int, folder: Path) -> Subject:
         return mean_probabilities([_logits_of(own) for own in models], inputs)
 
     block = {"handler": "bert_handler.py", "members": [str(folder / f"seed{seed}") for seed in range(members)]}
-    return Subject(pack(block, folder), [text.encode() for text in texts], plain)
+    return Subject(pack_block("ens", block, folder, no_check=True), [text.encode() for text in texts], plain)
 
 
 def _logits_of(model: nn.Module) -> Callable[[Any], Tensor]:

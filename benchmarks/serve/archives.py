@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -116,7 +117,12 @@ def pack_ours(subject: Subject, files: list[Path], folder: Path, execution: str)
         "handler": subject.handler, "architecture": subject.architecture, "members": [str(file) for file in files],
         "top_k": CLASSES, "execution": execution,
     }  # fmt: skip
-    request = make_request("ours", {"ours": block}, ROOT)
+    return pack_block("ours", block, folder)
+
+
+def pack_block(name: str, block: dict[str, Any], folder: Path, no_check: bool = False) -> Path:
+    """Build the archive of a block as ./archive.sh does, without its tables; `no_check`: nor load it."""
+    request = make_request(name, {name: block}, ROOT, no_check=no_check)
     with open(os.devnull, "w") as nowhere:
         return build_archive(request, folder, force=True, console=Console(file=nowhere))
 
